@@ -1,0 +1,45 @@
+"""The simplified leaky integrate-and-fire cell (sLIF) as pure functions over explicit state."""
+
+from slif.cell import describe, detach, init_params, init_state, reset, step
+from slif.raster import pack_spikes, unpack_spikes
+from slif.simulation import simulate
+from slif.surrogate import (
+    Surrogate,
+    arctan,
+    boxcar,
+    custom,
+    fast_sigmoid,
+    gaussian,
+    secant,
+    sigmoid,
+    straight_through,
+    triangular,
+)
+from slif.types import SLIFParams, SLIFState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SLIFParams",
+    "SLIFState",
+    "Surrogate",
+    "__version__",
+    "arctan",
+    "boxcar",
+    "custom",
+    "describe",
+    "detach",
+    "fast_sigmoid",
+    "gaussian",
+    "init_params",
+    "init_state",
+    "pack_spikes",
+    "reset",
+    "secant",
+    "sigmoid",
+    "simulate",
+    "step",
+    "straight_through",
+    "triangular",
+    "unpack_spikes",
+]

@@ -1,0 +1,387 @@
+"""The simplified leaky integrate-and-fire cell: its equations, and the making of its parameters and state."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from slif import _check
+from slif.surrogate import Surrogate, emit, fire_and_reset, secant, spike
+from slif.types import SLIFParams, SLIFState
+
+
+def drive(params: SLIFParams, s: Array, j: Array) -> Array:
+    """i: the current after membrane resistance and lateral inhibition by the spikes of the step before."""
+    i = j * params.resist_m
+    if params.resist_inh is None or params.inh_weights is None:
+        return i
+    return jnp.where(params.resist_inh > 0, i - jnp.dot(s, params.inh_weights) * params.resist_inh, i)
+
+
+def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
+    """thr': the sparsity rule where rho_b > 0, gain and leak otherwise."""
+    adapted = thr
+    if params.thr_gain is not None:
+        adapted = adapted + z * params.thr_gain
+    if params.thr_leak is not None:
+        adapted = adapted - thr * params.thr_leak
+    if params.rho_b is None:
+        return adapted
+    sparse = jnp.maximum(thr + (z.sum(-1, keepdims=True) - 1) * params.rho_b, 0.025)
+    return jnp.where(params.rho_b > 0, sparse, adapted)
+
+
+def integrate(params: SLIFParams, state: SLIFState, i: Array, t: Array, dt: Array) -> SLIFState:
+    """The step from i on, differentiated as it is written but for the spike."""
+    v, thr, rfr, tols = state.v, state.thr, state.rfr, state.tols
+
+    ready = rfr >= params.refract_time
+    u = jnp.where(ready, v + ((i - v) * (1 / params.tau_m)) * dt, v)
+    z = spike(params.surrogate, u, thr)
+    v_new = jnp.where(z > 0, 0, u) if params.surrogate.detach_reset else fire_and_reset(u, z)
+    thr_new = adapt(params, thr, z)
+    rfr_new = jnp.where(z > 0, dt, rfr + dt)
+    s = jnp.where(ready, z, 1) if params.sticky_spikes else z
+    tols_new = jnp.where(s > 0, t, tols)
+
+    h = params.surrogate(i if params.surrogate.wrt == "current" else u - thr)
+    rfr_new, tols_new, h = lax.stop_gradient((rfr_new, tols_new, h))
+    return SLIFState(j=i, v=v_new, s=s, thr=thr_new, rfr=rfr_new, tols=tols_new, surrogate=h)
+
+
+def advance(params: SLIFParams, state: SLIFState, j: Array, t: Array, dt: Array) -> SLIFState:
+    """One step with the gradient of the estimator; params come from `prepare`."""
+    i = drive(params, state.s, j.astype(state.v.dtype))
+    if params.surrogate.wrt == "voltage":
+        return integrate(params, state, i, t, dt)
+    new = integrate(*lax.stop_gradient((params, state, i, t, dt)))
+    return new.replace(j=i, s=emit(params.surrogate, i, new.s))
+
+
+def prepare(params: SLIFParams, ndim: int) -> SLIFParams:
+    """Params in one dtype, [N] leaves aligned with states of `ndim` axes, and no unit inhibiting itself."""
+    dtype = params.thr.dtype
+
+    def align(leaf: Array) -> Array:
+        leaf = leaf.astype(dtype)
+        return leaf if leaf.ndim == 0 else leaf.reshape((1,) * (ndim - 1) + leaf.shape)
+
+    weights = params.inh_weights
+    if weights is not None:
+        weights = jnp.where(jnp.eye(params.n_units, dtype=bool), 0, weights.astype(dtype))
+    leaves = jax.tree.map(align, params.replace(thr=None, inh_weights=None))
+    return leaves.replace(thr=params.thr, inh_weights=weights)
+
+
+def init_params(
+    key: Array,
+    n_units: int,
+    *,
+    tau_m: ArrayLike,
+    resist_m: ArrayLike,
+    thr: ArrayLike,
+    resist_inh: ArrayLike = 0.0,
+    thr_persist: bool = False,
+    thr_gain: ArrayLike = 0.0,
+    thr_leak: ArrayLike = 0.0,
+    rho_b: ArrayLike = 0.0,
+    refract_time: ArrayLike = 0.0,
+    sticky_spikes: bool = False,
+    thr_jitter: ArrayLike = 0.05,
+    surrogate: Surrogate | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> SLIFParams:
+    """Makes the parameters of N units, with the reference cell's random draws for the same key.
+
+        inh_weights ~ U(0.025, 1) with a zero diagonal,   thr = thr + U(-thr_jitter, thr_jitter)
+
+    A Python 0 for `thr_gain`, `thr_leak`, `rho_b` or `resist_inh` leaves the mechanism out; an array keeps it traced,
+    whatever it holds, so that a sweep can cross zero. Every number is a scalar or, but for `rho_b` and `thr_jitter`,
+    an array [N].
+
+    Args:
+        key: a PRNG key.
+        n_units: the number of units, N.
+        tau_m: membrane time constant, ms, positive.
+        resist_m: membrane resistance.
+        thr: base threshold, in units of voltage.
+        resist_inh: resistance to lateral inhibition; acts where positive.
+        thr_persist: keep the thresholds through `reset`.
+        thr_gain: what a unit's spike adds to its threshold.
+        thr_leak: share of its threshold that a unit loses at each step.
+        rho_b: sparsity control of the thresholds; where positive, it replaces gain and leak.
+        refract_time: refractory period, ms, 0 or more; one of dt or less blocks nothing.
+        sticky_spikes: hold the output at 1 throughout the refractory period.
+        thr_jitter: half the range of the uniform jitter of the thresholds, 0 or more.
+        surrogate: the estimator of the spike's derivative; None for `secant()`.
+        dtype: dtype of every leaf. The draws are float32 and then cast. bfloat16 is lossy: small changes of v, thr
+            and the clock round away; bfloat16 currents into float32 params are the better saving.
+
+    Returns:
+        The parameters; thresholds are [N].
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: an argument has the wrong shape, is out of range or not finite.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `SLIFCell`.
+
+    Example:
+        >>> params = init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
+        >>> params.thr
+        Array([0.4, 0.4, 0.4], dtype=float32)
+    """
+    n_units, dtype = _check.size("n_units", n_units, 1), _check.floating("dtype", dtype)
+    _check.key(key)
+    numbers = {"tau_m": tau_m, "resist_m": resist_m, "thr": thr, "refract_time": refract_time}
+    mechanisms = {"thr_gain": thr_gain, "thr_leak": thr_leak, "rho_b": rho_b, "resist_inh": resist_inh}
+    numbers |= {name: x for name, x in mechanisms.items() if not (type(x) in (int, float) and x == 0)}
+    for name, x in numbers.items():
+        numbers[name] = _check.real(name, x)
+        _check.scalar_or_units(name, numbers[name], n_units)
+
+    draw = jnp.promote_types(dtype, jnp.float32)
+    key, k = jax.random.split(key)
+    inh_weights = None
+    if "resist_inh" in numbers:
+        inh_weights = jax.random.uniform(k, (n_units, n_units), jnp.float32, 0.025, 1.0).astype(dtype)
+        inh_weights = jnp.where(jnp.eye(n_units, dtype=bool), 0, inh_weights)
+    key, k = jax.random.split(key)
+    width = _check.scalar("thr_jitter", thr_jitter, jnp.float32)
+    jitter = jax.random.uniform(k, (1, n_units), jnp.float32, -width, width)[0]
+    numbers["thr"] = (_check.put(numbers["thr"], draw) + jitter.astype(draw)).astype(dtype)
+
+    return _check.params(
+        SLIFParams(
+            **{name: _check.put(x, dtype).astype(dtype) for name, x in numbers.items()},
+            inh_weights=inh_weights,
+            surrogate=secant() if surrogate is None else surrogate,
+            sticky_spikes=_check.flag("sticky_spikes", sticky_spikes),
+            thr_persist=_check.flag("thr_persist", thr_persist),
+        )
+    )
+
+
+def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> SLIFState:
+    """Makes a state at rest, which shares no buffer with params or between its fields and so can be donated.
+
+        j = v = s = tols = 0,   thr = params.thr,   rfr = refract_time,   surrogate = 1
+
+    Args:
+        params: the parameters.
+        batch_shape: the batch dimensions, an int or a tuple of ints.
+
+    Returns:
+        The state; every field is [*batch_shape, N].
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: a batch dimension is negative, or thresholds [..., N] do not broadcast to the batch.
+
+    Source: ngc-learn's `SLIFCell`.
+
+    Example:
+        >>> params = init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4)
+        >>> init_state(params, 2).v.shape
+        (2, 3)
+    """
+    params = _check.params(params)
+    sizes = batch_shape if isinstance(batch_shape, tuple | list) else (batch_shape,)
+    shape = (*(_check.size("batch_shape", size, 0) for size in sizes), params.n_units)
+    if not _check.broadcasts(params.thr.shape, shape):
+        raise ValueError(f"batch_shape: params.thr {params.thr.shape} does not broadcast to the state's {shape}")
+    return _rest(params, shape)
+
+
+@jax.jit(static_argnums=1)
+def _rest(params: SLIFParams, shape: tuple[int, ...]) -> SLIFState:
+    params = prepare(params, len(shape))
+    zeros = [jnp.zeros(shape, params.thr.dtype) for _ in range(4)]
+
+    def fresh(leaf: Array) -> Array:
+        # Without the copy, jit hands a leaf that has this shape already back as the same buffer.
+        leaf = leaf.reshape((1,) * (len(shape) - leaf.ndim) + leaf.shape)
+        return jnp.copy(jnp.broadcast_to(leaf, shape))
+
+    return SLIFState(
+        j=zeros[0],
+        v=zeros[1],
+        s=zeros[2],
+        thr=fresh(params.thr),
+        rfr=fresh(params.refract_time),
+        tols=zeros[3],
+        surrogate=jnp.ones(shape, params.thr.dtype),
+    )
+
+
+def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: ArrayLike) -> SLIFState:
+    """Advances the cell by one step of forward Euler.
+
+        i    = j * resist_m                                   [- (s @ inh_weights) * resist_inh   where resist_inh > 0]
+        u    = v + ((i - v) * (1 / tau_m)) * dt               if rfr >= refract_time else v
+        z    = u > thr
+        v'   = 0 if z else u
+        thr' = (thr + z * thr_gain) - thr * thr_leak          [max(thr + (sum z - 1) * rho_b, 0.025)   where rho_b > 0]
+        rfr' = dt if z else rfr + dt
+        s'   = z, or with sticky spikes: 1 while refractory
+        tols'= t if s' else tols
+
+    Args:
+        params: the parameters.
+        state: the state after the step before, fields [..., N].
+        j: input current [..., N]; another dtype is cast to that of params.
+        t: the time of this step, ms; it enters tols only.
+        dt: the length of the step, ms, positive.
+
+    Returns:
+        The state after the step; its v is after the reset, its s is the output.
+
+    Raises:
+        TypeError: an argument is not of its kind, or its dtype is not that of params.
+        ValueError: a shape does not fit, or a Python or NumPy value is out of range or not finite.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `SLIFCell.advance_state`.
+
+    Example:
+        >>> params = init_params(jax.random.key(0), 1, tau_m=16.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
+        >>> state = init_state(params)
+        >>> for k in range(3):
+        ...     state = step(params, state, jnp.array([4.0]), t=k * 1.0, dt=1.0)
+        ...     print(state.v, state.s)
+        [0.25] [0.]
+        [0.] [1.]
+        [0.25] [0.]
+    """
+    params = _check.params(params)
+    state, dtype = _check.state(params, state), params.thr.dtype
+    j = _check.current("j", j, state.v.shape)
+    return _step(params, state, j, _check.scalar("t", t, dtype), _check.scalar("dt", dt, dtype))
+
+
+@jax.jit
+def _step(params: SLIFParams, state: SLIFState, j: Array, t: Array, dt: Array) -> SLIFState:
+    dtype = params.thr.dtype
+    return advance(prepare(params, state.v.ndim), state, j, t.astype(dtype), dt.astype(dtype))
+
+
+def reset(params: SLIFParams, state: SLIFState, *, where: Array | None = None) -> SLIFState:
+    """Puts the state back to rest, but for the thresholds where `thr_persist` is set.
+
+        j = v = s = tols = 0,   thr = params.thr [kept with thr_persist],   rfr = refract_time,   surrogate = 1
+
+    Args:
+        params: the parameters.
+        state: the state, fields [..., N].
+        where: boolean [...], the rows to reset; None for all.
+
+    Returns:
+        The state at rest.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: a shape does not fit.
+
+    Source: ngc-learn's `SLIFCell.reset`.
+
+    Example:
+        >>> params = init_params(jax.random.key(0), 1, tau_m=20.0, resist_m=1.0, thr=0.4)
+        >>> state = init_state(params, 2).replace(v=jnp.ones((2, 1)))
+        >>> reset(params, state, where=jnp.array([True, False])).v
+        Array([[0.],
+               [1.]], dtype=float32)
+    """
+    params = _check.params(params)
+    state = _check.state(params, state)
+    rest = init_state(params, state.v.shape[:-1])
+    if params.thr_persist:
+        rest = rest.replace(thr=state.thr)
+    if where is None:
+        return rest
+    where = _check.mask("where", where, state.v.shape[:-1])
+    return jax.tree.map(lambda new, old: jnp.where(where[..., None], new, old), rest, state)
+
+
+def detach(state: SLIFState) -> SLIFState:
+    """Stops gradients through the state, as between the windows of truncated back-propagation through time.
+
+        d detach(state) / d state = 0
+
+    Args:
+        state: the state, fields [..., N].
+
+    Returns:
+        The same values, constant to differentiation.
+
+    Raises:
+        TypeError: `state` is not an SLIFState.
+
+    Source: Williams & Peng (1990), Neural Computation 2(4).
+
+    Example:
+        >>> params = init_params(jax.random.key(0), 1, tau_m=20.0, resist_m=1.0, thr=0.4)
+        >>> state = init_state(params)
+        >>> jax.grad(lambda v: detach(state.replace(v=v)).v.sum())(state.v)
+        Array([0.], dtype=float32)
+    """
+    if not isinstance(state, SLIFState):
+        raise TypeError(f"state: expected SLIFState, got {type(state).__name__}")
+    return lax.stop_gradient(state)
+
+
+def describe() -> dict[str, Any]:
+    """Tells what the cell is: its inputs, states and outputs, hyperparameters with units and defaults, and dynamics.
+
+        tau_m * dv/dt = -v + j * resist_m
+
+    Returns:
+        A dict with "cell_type", "inputs", "states", "outputs", "hyperparameters" and "dynamics". Each hyperparameter
+        is a dict with "description", "unit" (None for a pure number) and "default" (absent where one must be given).
+
+    Source: ngc-learn's `SLIFCell.help`.
+
+    Example:
+        >>> describe()["hyperparameters"]["refract_time"]["unit"]
+        'ms'
+    """
+    signature = inspect.signature(init_params)
+    hyperparameters = {}
+    for name, (unit, description) in _HYPERPARAMETERS.items():
+        hyperparameters[name] = {"description": description, "unit": unit}
+        default = signature.parameters[name].default
+        if default is not inspect.Parameter.empty:
+            hyperparameters[name]["default"] = default
+    return {
+        "cell_type": "SLIFCell: simplified leaky integrate-and-fire cell",
+        "inputs": {"j": "input current"},
+        "states": {
+            "v": "membrane potential, after the reset",
+            "rfr": "time since the last raw spike, ms",
+            "thr": "threshold that the next step compares with",
+        },
+        "outputs": {
+            "s": "spikes, 0 or 1",
+            "tols": "time of the last output spike, ms",
+            "surrogate": "slope of the surrogate",
+        },
+        "hyperparameters": hyperparameters,
+        "dynamics": "tau_m * dv/dt = -v + j * resist_m",
+    }
+
+
+_HYPERPARAMETERS = {
+    "n_units": (None, "number of units"),
+    "tau_m": ("ms", "membrane time constant"),
+    "resist_m": ("voltage / current", "membrane resistance"),
+    "thr": ("voltage", "base threshold"),
+    "resist_inh": ("voltage / spike", "resistance to lateral inhibition; acts where positive"),
+    "thr_persist": (None, "thresholds stay through reset"),
+    "thr_gain": ("voltage / spike", "what a unit's spike adds to its threshold"),
+    "thr_leak": ("1 / step", "share of its threshold that a unit loses at each step"),
+    "rho_b": ("voltage / spike", "sparsity control of the thresholds; where positive, it replaces gain and leak"),
+    "refract_time": ("ms", "refractory period"),
+    "sticky_spikes": (None, "output stays 1 throughout the refractory period"),
+    "thr_jitter": ("voltage", "half the range of the uniform jitter of the thresholds"),
+}

@@ -1,0 +1,263 @@
+"""A whole sequence through the cell: one scan over time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from slif import _check
+from slif.cell import advance, drive, prepare
+from slif.raster import pack_spikes
+from slif.surrogate import emit
+from slif.types import SLIFParams, SLIFState
+
+RECORDS = (*_check.FIELDS, "s_packed", "spike_count", "first_spike_time")
+
+
+def simulate(
+    params: SLIFParams,
+    state: SLIFState,
+    currents: Array,
+    *,
+    dt: ArrayLike,
+    t0: ArrayLike = 0.0,
+    record: tuple[str, ...] = ("s",),
+    spike_dtype: DTypeLike | None = None,
+    valid: Array | None = None,
+    checkpoint_every: int | None = None,
+    implementation: str | None = None,
+) -> tuple[SLIFState, dict[str, Array]]:
+    """Runs the cell over a sequence of currents.
+
+        state = step(params, state, currents[k], t0 + k dt, dt)   for k = 0 .. T - 1
+
+    Args:
+        params: the parameters.
+        state: the state before the first step, fields [..., N].
+        currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop.
+        dt: the length of a step, ms, positive.
+        t0: the time of the first step, ms.
+        record: what to return of every step: any field of `SLIFState` or "s_packed" (8 spikes a byte), each
+            [T, ..., N]; and summaries [..., N] that take no memory in T: "spike_count" and "first_spike_time" (ms, inf
+            where there is none). Both count what "s" shows, a sticky spike carried in included.
+        spike_dtype: dtype of the recorded "s"; None for that of params. bool and integers carry no gradient.
+        valid: boolean [T, ...] over the batch shape. Where False, the row's state is frozen and its "s" is 0; the
+            clock runs on.
+        checkpoint_every: in the backward pass of a voltage surrogate, keep the state of every so many steps only and
+            run the steps between again. About sqrt(T) saves the most memory.
+        implementation: "xla", "pallas", or None for the best there is for the platform and the arguments.
+
+    Returns:
+        The state after the last step, and a dict of what was recorded.
+
+    Raises:
+        TypeError: an argument is not of its kind, or its dtype is not that of params.
+        ValueError: a shape does not fit, a name is not known, or a Python or NumPy value is out of range.
+        NotImplementedError: the implementation asked for cannot do this.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `SLIFCell.advance_state`.
+
+    Example:
+        >>> from slif import init_params, init_state
+        >>> params = init_params(jax.random.key(0), 1, tau_m=16.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
+        >>> state, out = simulate(params, init_state(params), jnp.full((4, 1), 4.0), dt=1.0, record=("s", "v"))
+        >>> out["s"].ravel(), out["v"].ravel()
+        (Array([0., 1., 0., 1.], dtype=float32), Array([0.25, 0.  , 0.25, 0.  ], dtype=float32))
+    """
+    params = _check.params(params)
+    state, dtype = _check.state(params, state), params.thr.dtype
+    currents = _check.current("currents", currents, (None, *state.v.shape))
+    if valid is not None:
+        valid = _check.mask("valid", valid, currents.shape[:-1])
+    if checkpoint_every is not None:
+        checkpoint_every = _check.size("checkpoint_every", checkpoint_every, 1)
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation: expected None, 'xla' or 'pallas', got {implementation!r}")
+    if implementation == "pallas":
+        raise NotImplementedError("implementation: there is no fused kernel for this platform; use None or 'xla'")
+    return _simulate(
+        params,
+        state,
+        currents,
+        valid,
+        _check.scalar("dt", dt, dtype),
+        _check.scalar("t0", t0, dtype),
+        record=_check_record(record),
+        spike_dtype=dtype if spike_dtype is None else _check_spike_dtype(spike_dtype),
+        checkpoint_every=checkpoint_every,
+    )
+
+
+def _check_record(record: Any) -> tuple[str, ...]:
+    if not isinstance(record, tuple | list | set | frozenset) or not all(isinstance(name, str) for name in record):
+        raise TypeError(f"record: expected a tuple of names, got {record!r}")
+    unknown = sorted(set(record) - set(RECORDS))
+    if unknown:
+        raise ValueError(f"record: expected names among {', '.join(RECORDS)}, got {', '.join(unknown)}")
+    return tuple(name for name in RECORDS if name in record)
+
+
+def _check_spike_dtype(dtype: Any) -> np.dtype:
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise TypeError(f"spike_dtype: expected a dtype, got {dtype!r}") from None
+    if not (_check.is_real(dtype) or dtype == np.dtype(bool)):
+        raise TypeError(f"spike_dtype: expected bool, an integer or a floating dtype, got {dtype}")
+    return dtype
+
+
+@functools.partial(jax.jit, static_argnames=("record", "spike_dtype", "checkpoint_every"))
+def _simulate(
+    params: SLIFParams,
+    state: SLIFState,
+    currents: Array,
+    valid: Array | None,
+    dt: Array,
+    t0: Array,
+    *,
+    record: tuple[str, ...],
+    spike_dtype: np.dtype,
+    checkpoint_every: int | None,
+) -> tuple[SLIFState, dict[str, Array]]:
+    dtype = params.thr.dtype
+    params, dt, t0 = prepare(params, state.v.ndim), dt.astype(dtype), t0.astype(dtype)
+    arguments = (params, state, currents, valid, dt, t0)
+    if currents.shape[0] == 0 or params.surrogate.wrt == "voltage" or params.resist_inh is not None:
+        return _run(*arguments, record, spike_dtype, checkpoint_every)
+    # The spike's derivative is a function of the current alone: the loop runs on constants, keeping nothing for the
+    # backward pass, and the derivative is attached to what it returns.
+    final, out = _run(*lax.stop_gradient(arguments), record, spike_dtype, None)
+    return _attach(params, state, currents, valid, final, out)
+
+
+def _carried(params: SLIFParams, record: tuple[str, ...], valid: Array | None) -> tuple[str, ...]:
+    """The fields that go round the loop: what a later step reads, or what nothing tells after the loop."""
+    if params.surrogate.wrt == "voltage" or params.resist_inh is not None or valid is not None:
+        return _check.FIELDS
+    adapts = any(x is not None for x in (params.thr_gain, params.thr_leak, params.rho_b))
+    return ("v", "rfr", "tols", *(("thr",) if adapts else ()), *(() if "s" in record else ("s",)))
+
+
+def _run(
+    params: SLIFParams,
+    state: SLIFState,
+    currents: Array,
+    valid: Array | None,
+    dt: Array,
+    t0: Array,
+    record: tuple[str, ...],
+    spike_dtype: np.dtype,
+    checkpoint_every: int | None,
+) -> tuple[SLIFState, dict[str, Array]]:
+    """The scan, and the fields of the final state that it did not carry."""
+    carried = _carried(params, record, valid)
+    # At least float32: bfloat16 cannot count past 256 steps.
+    wide = jnp.promote_types(params.thr.dtype, jnp.float32)
+    times = t0.astype(wide) + jnp.arange(currents.shape[0], dtype=wide) * dt.astype(wide)
+    summaries = {
+        "spike_count": jnp.zeros(state.v.shape, wide),
+        "first_spike_time": jnp.full(state.v.shape, jnp.inf, wide),
+    }
+
+    def body(carry, x):
+        fields, summary = carry
+        j, t, live = x
+        old = state.replace(**fields)
+        # A frozen row's current never reaches the equations, so that no NaN in it reaches a gradient.
+        j = j if live is None else jnp.where(live[..., None], j, 0)
+        new = advance(params, old, j, t.astype(old.v.dtype), dt)
+        s = new.s
+        if live is not None:
+            new = jax.tree.map(lambda n, o: jnp.where(live[..., None], n, o), new, old)
+            s = jnp.where(live[..., None], s, 0)
+        summary = _summarise(summary, s, t)
+        out = {name: _observe(name, new, s, spike_dtype) for name in record if name not in summaries}
+        return ({name: getattr(new, name) for name in carried}, summary), out
+
+    start = {name: getattr(state, name) for name in carried}, {n: x for n, x in summaries.items() if n in record}
+    (fields, summary), out = _scan(body, start, (currents, times, valid), currents.shape[0], checkpoint_every)
+    final = state.replace(**fields)
+    if currents.shape[0] and "j" not in carried:
+        j = drive(params, state.s, currents[-1].astype(state.v.dtype))
+        final = final.replace(j=j, surrogate=params.surrogate(j))
+        if "s" not in carried:
+            final = final.replace(s=out["s"][-1].astype(state.s.dtype))
+    return final, out | summary
+
+
+def _summarise(summary: dict[str, Array], s: Array, t: Array) -> dict[str, Array]:
+    new = {}
+    if "spike_count" in summary:
+        new["spike_count"] = summary["spike_count"] + s.astype(summary["spike_count"].dtype)
+    if "first_spike_time" in summary:
+        first = summary["first_spike_time"]
+        new["first_spike_time"] = jnp.where((s > 0) & (first == jnp.inf), lax.stop_gradient(t), first)
+    return new
+
+
+def _observe(name: str, state: SLIFState, s: Array, spike_dtype: np.dtype) -> Array:
+    if name == "s":
+        return s.astype(spike_dtype)
+    return pack_spikes(s) if name == "s_packed" else getattr(state, name)
+
+
+def _scan(body: Callable, carry: Any, xs: Any, length: int, every: int | None) -> tuple[Any, Any]:
+    """`lax.scan`, keeping the carry of every `every` steps only for the backward pass."""
+    if every is None or every >= length:
+        return lax.scan(body, carry, xs)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(carry, xs):
+        return lax.scan(body, carry, xs)
+
+    whole = length - length % every
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, every, *x.shape[1:]), xs)
+    carry, ys = lax.scan(block, carry, blocks)
+    ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
+    if whole < length:
+        carry, tail = block(carry, jax.tree.map(lambda x: x[whole:], xs))
+        ys = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), ys, tail)
+    return carry, ys
+
+
+def _attach(
+    params: SLIFParams,
+    state: SLIFState,
+    currents: Array,
+    valid: Array | None,
+    final: SLIFState,
+    out: dict[str, Array],
+) -> tuple[SLIFState, dict[str, Array]]:
+    """Gives spikes and currents the derivative of an estimator with respect to the current, without inhibition."""
+    i = drive(params, state.s, currents.astype(state.v.dtype))
+    live = i if valid is None else jnp.where(valid[..., None], i, 0)
+    if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
+        out["s"] = emit(params.surrogate, live, out["s"])
+    if "spike_count" in out:
+        spikes = emit(params.surrogate, live, jnp.zeros(i.shape, out["spike_count"].dtype))
+        out["spike_count"] = out["spike_count"] + spikes.sum(0)
+    if valid is None:
+        if "j" in out:
+            out["j"] = i
+        return final.replace(j=i[-1], s=emit(params.surrogate, i[-1], final.s)), out
+
+    steps = jnp.arange(len(i)).reshape(-1, *(1,) * (valid.ndim - 1))
+    last = jnp.where(valid, steps, -1)
+    if "j" in out:
+        out["j"] = _held(i, lax.cummax(last), state.j)
+    last = last.max(0, keepdims=True)
+    j = _held(i, last, state.j)[0]
+    s = jnp.where(last[0, ..., None] < 0, state.s, emit(params.surrogate, j, final.s))
+    return final.replace(j=j, s=s), out
+
+
+def _held(i: Array, last: Array, before: Array) -> Array:
+    """The current of the step `last`, or `before` where that is negative: no step has been live yet."""
+    held = jnp.take_along_axis(i, jnp.maximum(last, 0)[..., None], axis=0)
+    return jnp.where(last[..., None] < 0, before[None], held)

@@ -1,0 +1,380 @@
+"""Surrogate gradients: what stands in for the derivative of the spike, which is zero almost everywhere.
+
+A slope with respect to the *current* says d s'/d i, one with respect to the *voltage* says d z/d(u - thr).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def _sech(x: Array) -> Array:
+    # 1 / cosh overflows from |x| = 89 on in float32; this form only underflows, to 0.
+    e = jnp.exp(-jnp.abs(x))
+    return 2 * e / (1 + e * e)
+
+
+@dataclass(frozen=True)
+class _Secant:
+    squared: bool = False
+    scaled: bool = False
+
+    def __call__(self, i: Array, c1: Array, c2: Array) -> Array:
+        h = _sech(c2 * i)
+        h = h * h if self.squared else h
+        h = c1 * c2 * h if self.scaled else h
+        return jnp.where(i > 0, h, 0)
+
+
+class Surrogate(struct.PyTreeNode):
+    """The slope that replaces the derivative of the spike; build it with `secant`, `arctan`, ... or `custom`.
+
+    Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold.
+    Its numbers are leaves: they can be annealed or swept without a new compilation. The rest is static.
+    """
+
+    numbers: dict[str, ArrayLike] = field(default_factory=lambda: {"c1": 0.82, "c2": 0.08})
+    slope: Callable[..., Array] = struct.field(pytree_node=False, default=_Secant())
+    wrt: Literal["current", "voltage"] = struct.field(pytree_node=False, default="current")
+    detach_reset: bool = struct.field(pytree_node=False, default=True)
+
+    def __call__(self, x: ArrayLike) -> Array:
+        x = jnp.asarray(x)
+        return self.slope(x, **{name: jnp.asarray(number, x.dtype) for name, number in self.numbers.items()})
+
+
+def _positive(numbers: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
+    for name, number in numbers.items():
+        if isinstance(number, jax.Array):
+            continue  # never read back from the device
+        value = np.asarray(number)
+        if value.dtype.kind not in "iuf":
+            raise TypeError(f"{name}: expected a positive number, got {number!r}")
+        if not (np.isfinite(value) & (value > 0)).all():
+            raise ValueError(f"{name}: expected a positive, finite number, got {number!r}")
+    return numbers
+
+
+def _flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+    return value
+
+
+def secant(c1: ArrayLike = 0.82, c2: ArrayLike = 0.08, squared: bool = False, scaled: bool = False) -> Surrogate:
+    """The secant estimator, with respect to the current; the default.
+
+        d s'/d i = sech(c2 i) for i > 0, else 0            as the reference cell computes it
+        squared: sech^2(c2 i);   scaled: times c1 c2       both: the derivative of max(0, c1 tanh(c2 i))
+
+    It holds at every step, refractory or not, and everything else that a spike does counts as constant.
+
+    Args:
+        c1: height of the rate curve, positive; enters only when `scaled`.
+        c2: steepness of the rate curve, positive, per unit of current.
+        squared: square the hyperbolic secant, as the paper does and the reference cell does not.
+        scaled: multiply by c1 c2, as the paper does and the reference cell does not.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: a number or a flag is not one.
+        ValueError: c1 or c2 is not positive and finite.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `secant_lif_estimator`.
+
+    Example:
+        >>> round(float(secant()(0.5)), 6), float(secant()(-0.5))
+        (0.999201, 0.0)
+    """
+    slope = _Secant(_flag("squared", squared), _flag("scaled", scaled))
+    return Surrogate(_positive({"c1": c1, "c2": c2}), slope, "current")
+
+
+def _voltage(fn: Callable[..., Array], detach_reset: bool, numbers: dict[str, ArrayLike]) -> Surrogate:
+    return Surrogate(_positive(numbers), fn, "voltage", _flag("detach_reset", detach_reset))
+
+
+def _fast_sigmoid(x: Array, slope: Array) -> Array:
+    return (1 + slope * jnp.abs(x)) ** -2
+
+
+def fast_sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surrogate:
+    """The derivative of the fast sigmoid, with respect to the voltage.
+
+        d z/d x = 1 / (1 + slope |x|)^2,   x = u - thr
+
+    Args:
+        slope: steepness, positive, per unit of voltage.
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: a number or a flag is not one.
+        ValueError: `slope` is not positive and finite.
+
+    Source: Zenke & Ganguli (2018), SuperSpike, Neural Computation 30(6).
+
+    Example:
+        >>> float(fast_sigmoid(slope=1.0)(1.0))
+        0.25
+    """
+    return _voltage(_fast_sigmoid, detach_reset, {"slope": slope})
+
+
+def _sigmoid(x: Array, slope: Array) -> Array:
+    return slope * jax.nn.sigmoid(slope * x) * jax.nn.sigmoid(-slope * x)
+
+
+def sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surrogate:
+    """The derivative of the logistic function, with respect to the voltage.
+
+        d z/d x = slope p (1 - p),   p = 1 / (1 + exp(-slope x)),   x = u - thr
+
+    Args:
+        slope: steepness, positive, per unit of voltage.
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: a number or a flag is not one.
+        ValueError: `slope` is not positive and finite.
+
+    Source: Neftci, Mostafa & Zenke (2019), IEEE Signal Processing Magazine 36(6).
+
+    Example:
+        >>> float(sigmoid(slope=4.0)(0.0))
+        1.0
+    """
+    return _voltage(_sigmoid, detach_reset, {"slope": slope})
+
+
+def _arctan(x: Array, alpha: Array) -> Array:
+    # Past this bound the slope is below the smallest number, and the square would overflow in its own derivative.
+    bound = math.sqrt(float(jnp.finfo(x.dtype).max)) / 4
+    y = jnp.clip(math.pi / 2 * alpha * x, -bound, bound)
+    return alpha / 2 / (1 + y * y)
+
+
+def arctan(alpha: ArrayLike = 2.0, *, detach_reset: bool = True) -> Surrogate:
+    """The derivative of the arc tangent, with respect to the voltage.
+
+        d z/d x = (alpha / 2) / (1 + (pi alpha x / 2)^2),   x = u - thr
+
+    Args:
+        alpha: steepness, positive, per unit of voltage.
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: a number or a flag is not one.
+        ValueError: `alpha` is not positive and finite.
+
+    Source: Fang et al. (2021), Incorporating learnable membrane time constant, ICCV.
+
+    Example:
+        >>> float(arctan()(0.0))
+        1.0
+    """
+    return _voltage(_arctan, detach_reset, {"alpha": alpha})
+
+
+def _triangular(x: Array, width: Array) -> Array:
+    return jnp.maximum(0, 1 - jnp.abs(x) / width)
+
+
+def triangular(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
+    """A triangle of height 1, with respect to the voltage.
+
+        d z/d x = max(0, 1 - |x| / width),   x = u - thr
+
+    Args:
+        width: half the base of the triangle, positive, in units of voltage.
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: a number or a flag is not one.
+        ValueError: `width` is not positive and finite.
+
+    Source: Bellec et al. (2018), Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS.
+
+    Example:
+        >>> float(triangular(width=2.0)(1.0))
+        0.5
+    """
+    return _voltage(_triangular, detach_reset, {"width": width})
+
+
+def _boxcar(x: Array, width: Array) -> Array:
+    return jnp.where(jnp.abs(x) <= width, jnp.ones_like(x), 0)
+
+
+def boxcar(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
+    """A rectangle of height 1, with respect to the voltage.
+
+        d z/d x = 1 where |x| <= width, else 0,   x = u - thr
+
+    Args:
+        width: half the base of the rectangle, positive, in units of voltage.
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: a number or a flag is not one.
+        ValueError: `width` is not positive and finite.
+
+    Source: Wu et al. (2018), Spatio-temporal backpropagation, Frontiers in Neuroscience 12.
+
+    Example:
+        >>> float(boxcar()(1.0)), float(boxcar()(1.5))
+        (1.0, 0.0)
+    """
+    return _voltage(_boxcar, detach_reset, {"width": width})
+
+
+def _gaussian(x: Array, width: Array) -> Array:
+    # 14 standard deviations out the density is 0 in float32; in float64 that takes 39, hence the bound.
+    y = jnp.clip(x / width, -40, 40)
+    return jnp.exp(-y * y / 2) / (width * math.sqrt(2 * math.pi))
+
+
+def gaussian(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
+    """The normal density, with respect to the voltage.
+
+        d z/d x = exp(-x^2 / (2 width^2)) / (width sqrt(2 pi)),   x = u - thr
+
+    Args:
+        width: standard deviation, positive, in units of voltage.
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: a number or a flag is not one.
+        ValueError: `width` is not positive and finite.
+
+    Source: Yin, Corradi & Bohte (2021), Nature Machine Intelligence 3.
+
+    Example:
+        >>> round(float(gaussian()(0.0)), 6)
+        0.398942
+    """
+    return _voltage(_gaussian, detach_reset, {"width": width})
+
+
+def straight_through(*, detach_reset: bool = True) -> Surrogate:
+    """The straight-through estimator: the spike passes its gradient on, with respect to the voltage.
+
+        d z/d x = 1,   x = u - thr
+
+    Args:
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: `detach_reset` is not a bool.
+
+    Source: Bengio, Leonard & Courville (2013), arXiv:1308.3432.
+
+    Example:
+        >>> float(straight_through()(-3.0))
+        1.0
+    """
+    return _voltage(jnp.ones_like, detach_reset, {})
+
+
+def custom(
+    fn: Callable[[Array], Array], wrt: Literal["current", "voltage"] = "voltage", *, detach_reset: bool = True
+) -> Surrogate:
+    """A slope of your own.
+
+        d z/d x = fn(x), x = u - thr   for wrt="voltage";      d s'/d i = fn(i)   for wrt="current"
+
+    Args:
+        fn: the slope, elementwise and traceable. Two surrogates are equal where `fn` is the same object, so make it
+            once, outside the training loop, or each new one compiles anew.
+        wrt: "voltage" or "current".
+        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+
+    Returns:
+        The surrogate.
+
+    Raises:
+        TypeError: `fn` is not callable, or `detach_reset` not a bool.
+        ValueError: `wrt` is neither "voltage" nor "current".
+
+    Source: none; see `secant` and `fast_sigmoid` for what each kind means.
+
+    Example:
+        >>> float(custom(lambda x: 1 / (1 + x * x))(1.0))
+        0.5
+    """
+    if not callable(fn):
+        raise TypeError(f"fn: expected a function of one array, got {fn!r}")
+    if wrt not in ("current", "voltage"):
+        raise ValueError(f"wrt: expected 'current' or 'voltage', got {wrt!r}")
+    return Surrogate({}, fn, wrt, _flag("detach_reset", detach_reset))
+
+
+@jax.custom_jvp
+def spike(surrogate: Surrogate, u: Array, thr: Array) -> Array:
+    """z = u > thr as a number, with d z = g(u - thr) (du - dthr)."""
+    del surrogate
+    return (u > thr).astype(u.dtype)
+
+
+@spike.defjvp
+def _spike_jvp(primals, tangents):
+    surrogate, u, thr = primals
+    _, du, dthr = tangents
+    return spike(surrogate, u, thr), surrogate(u - thr) * (du - dthr)
+
+
+@jax.custom_jvp
+def emit(surrogate: Surrogate, i: Array, s: Array) -> Array:
+    """The spikes s, with d s = h(i) di and nothing else."""
+    del surrogate, i
+    return s
+
+
+@emit.defjvp
+def _emit_jvp(primals, tangents):
+    surrogate, i, s = primals
+    _, di, _ = tangents
+    return s, (surrogate(i) * di).astype(s.dtype)
+
+
+@jax.custom_jvp
+def fire_and_reset(u: Array, z: Array) -> Array:
+    """v' = (1 - z) u differentiated through z as well; as a value the select, which no infinite u turns into NaN."""
+    return jnp.where(z > 0, 0, u)
+
+
+@fire_and_reset.defjvp
+def _fire_and_reset_jvp(primals, tangents):
+    u, z = primals
+    du, dz = tangents
+    return fire_and_reset(u, z), jnp.where(z > 0, 0, du) - u * dz

@@ -1,0 +1,47 @@
+"""Parameters and state of the cell, as immutable pytrees.
+
+Letters: T time steps, B any batch dimensions, N units. Time is in ms.
+"""
+
+from flax import struct
+from jax import Array
+
+from slif.surrogate import Surrogate
+
+
+class SLIFParams(struct.PyTreeNode):
+    """Parameters of a population of N sLIF units; build them with `init_params`.
+
+    Every field but the two flags is a leaf, so it is traced, differentiated and swept like any array. A leaf is a
+    scalar or [N] unless said otherwise; a mechanism that is absent is `None` and costs nothing.
+    """
+
+    tau_m: Array  # membrane time constant, ms
+    resist_m: Array  # membrane resistance
+    thr: Array  # [N] base threshold, jitter included ([..., N] once loaded from a batched file)
+    refract_time: Array  # refractory period, ms
+    thr_gain: Array | None = None  # added to a unit's threshold when it spikes
+    thr_leak: Array | None = None  # share of the threshold lost at each step
+    rho_b: Array | None = None  # scalar: sparsity control; where > 0, thr_gain and thr_leak are ignored
+    resist_inh: Array | None = None  # resistance to lateral inhibition; acts where > 0
+    inh_weights: Array | None = None  # [N, N] lateral inhibition, from row to column; its diagonal is ignored
+    surrogate: Surrogate = struct.field(default_factory=Surrogate)
+    sticky_spikes: bool = struct.field(pytree_node=False, default=False)  # the output stays 1 while refractory
+    thr_persist: bool = struct.field(pytree_node=False, default=False)  # reset leaves the thresholds alone
+
+    @property
+    def n_units(self) -> int:
+        """The number of units, N."""
+        return self.thr.shape[-1]
+
+
+class SLIFState(struct.PyTreeNode):
+    """State of the cell after a step; build it with `init_state`. Every field is [..., N]."""
+
+    j: Array  # current that drove the step: resistance and inhibition applied
+    v: Array  # membrane potential, after the reset
+    s: Array  # output spikes, 0 or 1; with sticky spikes 1 throughout the refractory period
+    thr: Array  # threshold that the next step compares with
+    rfr: Array  # time since the last raw spike, ms
+    tols: Array  # time of the last output spike, ms
+    surrogate: Array  # slope of the surrogate at this step
