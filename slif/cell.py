@@ -1,5 +1,6 @@
 """The simplified leaky integrate-and-fire cell: its equations, and the making of its parameters and state."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -196,7 +197,7 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
     return _rest(params, shape)
 
 
-@jax.jit(static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def _rest(params: SLIFParams, shape: tuple[int, ...]) -> SLIFState:
     params = prepare(params, len(shape))
     zeros = [jnp.zeros(shape, params.thr.dtype) for _ in range(4)]
