@@ -235,13 +235,14 @@ def _attach(
     out: dict[str, Array],
 ) -> tuple[SLIFState, dict[str, Array]]:
     """Gives spikes and currents the derivative of an estimator with respect to the current, without inhibition."""
-    i = drive(params, state.s, currents.astype(state.v.dtype))
+    i = jax.vmap(lambda j: drive(params, state.s, j.astype(state.v.dtype)))(currents)
+    attach = jax.vmap(functools.partial(emit, params.surrogate))
     live = i if valid is None else jnp.where(valid[..., None], i, 0)
     if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
-        out["s"] = emit(params.surrogate, live, out["s"])
+        out["s"] = attach(live, out["s"])
     if "spike_count" in out:
-        spikes = emit(params.surrogate, live, jnp.zeros(i.shape, out["spike_count"].dtype))
-        out["spike_count"] = out["spike_count"] + spikes.sum(0)
+        nothing = jnp.zeros(i.shape, out["spike_count"].dtype)
+        out["spike_count"] = out["spike_count"] + attach(live, nothing).sum(0)
     if valid is None:
         if "j" in out:
             out["j"] = i
