@@ -193,7 +193,9 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
     sizes = batch_shape if isinstance(batch_shape, tuple | list) else (batch_shape,)
     shape = (*(_check.size("batch_shape", size, 0) for size in sizes), params.n_units)
     if not _check.broadcasts(params.thr.shape, shape):
-        raise ValueError(f"batch_shape: params.thr {params.thr.shape} does not broadcast to the state's {shape}")
+        raise ValueError(
+            f"batch_shape: expected one that params.thr {params.thr.shape} broadcasts to, got {shape[:-1]}"
+        )
     return _rest(params, shape)
 
 

@@ -1,0 +1,247 @@
+"""Forward and forward + backward of one layer of cells: slif, a plain scan in JAX, and PyTorch packages if installed.
+
+    python benchmarks/bench_grad.py [--json FILE] [--repeats R] [--shapes S] [--peers NAME ...]
+
+Forward + backward returns the raster and the gradient of the currents [T, B, N] for a given cotangent of the raster.
+All but Norse, whose synapse filters the current once more, run the same equations: forward Euler, spike above a fixed
+threshold, reset to 0. Two further tables show what the secant's gradient costs over the forward pass, and the memory
+that `checkpoint_every` saves.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import slif
+
+SURROGATES = {"slif secant": slif.secant(), "slif voltage": slif.arctan()}
+
+
+def slif_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> jax.Array:
+    return slif.simulate(params, state, currents, dt=cases.DT)[1]["s"]
+
+
+@jax.custom_jvp
+def heaviside(x: jax.Array) -> jax.Array:
+    return (x > 0).astype(x.dtype)
+
+
+heaviside.defjvps(lambda dx, _, x: dx / (1 + (jnp.pi * x) ** 2))
+
+
+def textbook_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> jax.Array:
+    """The obvious scan, differentiated by JAX, with the arc tangent of `slif.arctan` and a detached reset."""
+
+    def body(v, j):
+        u = v + (j * params.resist_m - v) / params.tau_m * cases.DT
+        z = heaviside(u - params.thr)
+        return u * (1 - jax.lax.stop_gradient(z)), z
+
+    return jax.lax.scan(body, state.v, currents)[1]
+
+
+def both(raster: Callable, params: Any, state: Any, currents: jax.Array, bar: jax.Array) -> tuple[jax.Array, jax.Array]:
+    s, pull = jax.vjp(functools.partial(raster, params, state), currents)
+    return s, pull(bar)[0]
+
+
+def snntorch_raster() -> Callable:
+    torch, snntorch = importlib.import_module("torch"), importlib.import_module("snntorch")
+    surrogate = importlib.import_module("snntorch.surrogate")
+    cell = snntorch.Leaky(
+        beta=1 - cases.DT / cases.TAU_M,
+        threshold=cases.THR,
+        spike_grad=surrogate.atan(),
+        reset_mechanism="zero",
+        reset_delay=False,
+    )
+
+    def run(currents):
+        membrane, raster = cell.reset_mem(), []
+        for j in currents * (cases.DT / cases.TAU_M):
+            s, membrane = cell(j, membrane)
+            raster.append(s)
+        return torch.stack(raster)
+
+    return run
+
+
+def spikingjelly_raster() -> Callable:
+    neuron = importlib.import_module("spikingjelly.activation_based.neuron")
+    surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
+    cell = neuron.LIFNode(
+        tau=cases.TAU_M / cases.DT,
+        v_threshold=cases.THR,
+        surrogate_function=surrogate.ATan(),
+        detach_reset=True,
+        step_mode="m",
+    )
+
+    def run(currents):
+        cell.reset()
+        return cell(currents)
+
+    return run
+
+
+def norse_raster() -> Callable:
+    torch, norse = importlib.import_module("torch"), importlib.import_module("norse.torch")
+    layer = norse.LIF(norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR)))
+    return lambda currents: layer(currents * 0.2)[0]
+
+
+PEERS = {"snntorch": snntorch_raster, "spikingjelly": spikingjelly_raster, "norse": norse_raster}
+
+
+def torch_runs(raster: Callable, currents: np.ndarray, bar: np.ndarray) -> tuple[Callable, Callable]:
+    torch = importlib.import_module("torch")
+    constant, bar = torch.from_numpy(currents), torch.from_numpy(bar)
+
+    def forward():
+        with torch.no_grad():
+            return raster(constant)
+
+    def forward_and_backward():
+        x = constant.clone().requires_grad_()
+        s = raster(x)
+        s.backward(bar)
+        return s.detach(), x.grad
+
+    return forward, forward_and_backward
+
+
+def check(results: dict[str, tuple[Any, Any]], params: slif.SLIFParams, currents: np.ndarray, bar: np.ndarray) -> None:
+    """Every raster but Norse's is the same up to ties; gradients are the closed form and the plain scan's."""
+    i = currents * np.asarray(params.resist_m)
+    np.testing.assert_allclose(results["slif secant"][1], bar * (i > 0) / np.cosh(0.08 * i), rtol=1e-5)
+    expected_s, expected = (np.asarray(array) for array in results["slif voltage"])
+    for name, (s, gradient) in results.items():
+        same = np.mean(np.asarray(s) == expected_s)
+        if name != "norse":
+            assert same > 0.999, f"{name}: only {same:.4%} of the spikes agree"
+        if name in ("textbook scan", "spikingjelly"):
+            close = np.isclose(np.asarray(gradient), expected, rtol=1e-3, atol=1e-5).mean()
+            assert close > 0.99, f"{name}: only {close:.4%} of the gradient agrees"
+
+
+def compare(shape: tuple[int, int, int], repeats: int, peers: list[str]) -> list[dict[str, Any]]:
+    """One row for each implementation at this shape."""
+    currents, bar = cases.make_currents(shape), np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    x, x_bar = jnp.asarray(currents), jnp.asarray(bar)
+    forwards, boths, compiling = {}, {}, {}
+    params = cases.make_params(shape[-1])
+    state = slif.init_state(params, shape[1])
+    for name in (*SURROGATES, "textbook scan"):
+        raster = slif_raster if name in SURROGATES else textbook_raster
+        arguments = (params.replace(surrogate=SURROGATES.get(name, params.surrogate)), state, x)
+        forward, _ = cases.compile_seconds(raster, *arguments)
+        backward, compiling[name] = cases.compile_seconds(functools.partial(both, raster), *arguments, x_bar)
+        forwards[name] = functools.partial(forward, *arguments)
+        boths[name] = functools.partial(backward, *arguments, x_bar)
+    for name in peers:
+        if importlib.util.find_spec(name):
+            forwards[name], boths[name] = torch_runs(PEERS[name](), currents, bar)
+
+    check({name: run() for name, run in boths.items()}, params, currents, bar)
+    forward, backward = cases.median_seconds(forwards, repeats), cases.median_seconds(boths, repeats)
+    return [
+        {
+            "shape": shape,
+            "name": name,
+            "forward_ms": 1e3 * forward[name],
+            "forward_backward_ms": 1e3 * backward[name],
+            "times_secant": backward[name] / backward["slif secant"],
+            "times_voltage": backward[name] / backward["slif voltage"],
+            "compile_s": compiling.get(name),
+        }
+        for name in boths
+    ]
+
+
+def secant_cost(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+    """Raster and gradient, against the raster alone and one elementwise pass delta * h(currents)."""
+    params = cases.make_params(shape[-1])
+    state = slif.init_state(params, shape[1])
+    x, bar = jnp.asarray(cases.make_currents(shape)), jnp.asarray(cases.make_currents(shape, seed=1))
+    arguments = (params, state, x)
+    forward, _ = cases.compile_seconds(slif_raster, *arguments)
+    elementwise, _ = cases.compile_seconds(lambda params, x, bar: bar * params.surrogate(x), params, x, bar)
+    backward, _ = cases.compile_seconds(functools.partial(both, slif_raster), *arguments, bar)
+    seconds = cases.median_seconds(
+        {
+            "forward_ms": functools.partial(forward, *arguments),
+            "pass_ms": functools.partial(elementwise, params, x, bar),
+            "both_ms": functools.partial(backward, *arguments, bar),
+        },
+        repeats,
+    )
+    row = {name: 1e3 * value for name, value in seconds.items()}
+    return {"shape": shape, **row, "passes": (row["both_ms"] - row["forward_ms"]) / row["pass_ms"]}
+
+
+def memory(every: int | None, shape: tuple[int, int, int] = (1000, 16, 1000)) -> int:
+    """Bytes of temporary memory of raster and gradient under the voltage surrogate."""
+    params = cases.make_params(shape[-1], surrogate=SURROGATES["slif voltage"])
+    state = slif.init_state(params, shape[1])
+
+    def raster(params, state, currents):
+        return slif.simulate(params, state, currents, dt=cases.DT, checkpoint_every=every)[1]["s"]
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    compiled, _ = cases.compile_seconds(functools.partial(both, raster), params, state, x, x)
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
+    parser.add_argument("--shapes", type=int, default=len(cases.SHAPES), help="how many of the shapes to run")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="packages to run beside")
+    options = parser.parse_args()
+    shapes = cases.SHAPES[: options.shapes]
+
+    print(f"{'T, B, N':<18}{'':<16}{'forward':>10}{'+ backward':>12}{'x secant':>10}{'x voltage':>11}{'compile':>10}")
+    rows = []
+    for shape in shapes:
+        for row in compare(shape, options.repeats, options.peers):
+            compiling = "" if row["compile_s"] is None else f"{row['compile_s']:.2f} s"
+            print(
+                f"{', '.join(map(str, shape)):<18}{row['name']:<16}{row['forward_ms']:>7.2f} ms"
+                f"{row['forward_backward_ms']:>9.2f} ms{row['times_secant']:>10.2f}{row['times_voltage']:>11.2f}"
+                f"{compiling:>10}",
+                flush=True,
+            )
+            rows.append(row)
+
+    print("\nThe secant's gradient, in elementwise passes delta * h(currents) over the forward pass (aim: 1.3)")
+    costs = [secant_cost(shape, 3 * options.repeats) for shape in shapes]
+    for row in costs:
+        print(
+            f"{', '.join(map(str, row['shape'])):<18}forward {row['forward_ms']:.2f} ms, pass {row['pass_ms']:.2f} ms, "
+            f"both {row['both_ms']:.2f} ms: {row['passes']:.2f} passes"
+        )
+
+    print("\nTemporary memory of the voltage gradient at (1000, 16, 1000), by checkpoint_every (aim: a fifth)")
+    kept = {every: memory(every) for every in (None, 8, 20, 25, 40, 50, 100)}
+    for every, size in kept.items():
+        print(f"{every or 'none':>6}{size / 1e6:>9.1f} MB{kept[None] / size:>7.1f} times less")
+
+    if options.json:
+        sizes = [{"checkpoint_every": every, "bytes": size} for every, size in kept.items()]
+        with open(options.json, "w") as file:
+            json.dump({"times": rows, "secant": costs, "memory": sizes}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What the benchmarks share: shapes, parameters, inputs and a clock."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import slif
+
+SHAPES = ((1000, 1, 1000), (500, 16, 1024), (100, 250, 1000))  # T, B, N
+DT, TAU_M, THR = 1.0, 20.0, 0.4
+
+
+def make_params(n_units: int, **arguments: Any) -> slif.SLIFParams:
+    """The textbook cell: no refractory period, no jitter, no mechanism but what is asked for."""
+    defaults: dict[str, Any] = {"tau_m": TAU_M, "resist_m": 1.0, "thr": THR, "thr_jitter": 0.0}
+    return slif.init_params(jax.random.key(0), n_units, **(defaults | arguments))
+
+
+def make_currents(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Currents [T, B, N] at which a unit fires about once in ten steps."""
+    return np.random.default_rng(seed).uniform(0, 2, shape).astype(np.float32)
+
+
+def compile_seconds(run: Callable, *args: Any) -> tuple[jax.stages.Compiled, float]:
+    """The compiled function, and how long that took."""
+    start = time.perf_counter()
+    compiled = jax.jit(run).lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def median_seconds(runs: dict[str, Callable[[], Any]], repeats: int, budget: float = 20.0) -> dict[str, float]:
+    """The median of each, warmed up; repeats are interleaved, so that a disturbance meets all alike.
+
+    A run that has used up its budget of seconds is not repeated further.
+    """
+    for run in runs.values():
+        jax.block_until_ready(run())
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            if sum(seconds[name]) > budget:
+                continue
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,0 +1,100 @@
+"""Options, fixtures and cases shared by the tests."""
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+import slif
+
+# The whole suite runs so: the package aligns every [N] with [..., N] itself.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
+RECORDS = (*FIELDS, "s_packed", "spike_count", "first_spike_time")
+N_STEPS, BATCH, N_UNITS, DT = 40, 3, 11, 0.25
+
+# Every mechanism alone, and those that meet; the voltage surrogate takes another path through the code.
+MECHANISMS = {
+    "plain": {},
+    "refractory": {"refract_time": 1.0},
+    "sticky": {"refract_time": 1.0, "sticky_spikes": True},
+    "gain": {"thr_gain": 0.05},
+    "leak": {"thr_leak": 0.01},
+    "sparsity": {"rho_b": 0.01},
+    "inhibition": {"resist_inh": 0.3},
+    "everything": {
+        "resist_inh": 0.3,
+        "refract_time": 0.75,
+        "sticky_spikes": True,
+        "thr_gain": 0.02,
+        "thr_leak": 0.005,
+        "thr_persist": True,
+    },
+    "sparse_everything": {"resist_inh": 0.3, "refract_time": 0.75, "sticky_spikes": True, "rho_b": 0.005},
+    "voltage": {"refract_time": 0.75, "thr_gain": 0.02, "surrogate": slif.arctan()},
+}
+
+
+def make_params(mechanism="plain", n_units=N_UNITS, **overrides):
+    arguments = {"tau_m": 20.0, "resist_m": 1.5, "thr": 0.4, **MECHANISMS[mechanism], **overrides}
+    return slif.init_params(jax.random.PRNGKey(7), n_units, **arguments)
+
+
+def make_currents(shape=(N_STEPS, BATCH, N_UNITS), seed=0):
+    """Strong enough that most units fire within a few steps, now and then negative."""
+    return np.random.default_rng(seed).uniform(-3, 12, shape).astype(np.float32)
+
+
+def assert_same(actual, expected):
+    """Equality of every leaf, to the bit but for the payload of NaN."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_agree(actual, expected):
+    """Two ways to the same numbers: spikes and times equal, and the rest to rounding."""
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        if name in ("v", "thr", "j", "surrogate"):
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
+        else:
+            np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+
+def enable_x64():
+    """The context in which JAX has float64, by the name that the installed JAX knows."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--configurations", type=int, default=60, help="random configurations to run by the reference")
+    parser.addoption("--require-reference", action="store_true", help="fail, not skip, where ngclearn is absent")
+
+
+@pytest.fixture(scope="session", params=["xla"])
+def implementation(request):
+    """Every implementation of `simulate` that runs here."""
+    return request.param
+
+
+_compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: event == "/jax/core/compile/backend_compile_duration" and _compiled.append(duration)
+)
+
+
+@pytest.fixture
+def compilations():
+    """A function that tells how many programs XLA has compiled since the last call."""
+    seen = len(_compiled)
+
+    def count():
+        nonlocal seen
+        new, seen = len(_compiled) - seen, len(_compiled)
+        return new
+
+    return count

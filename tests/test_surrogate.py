@@ -1,0 +1,218 @@
+"""The slopes: formula, antiderivative, behaviour at the extremes of the number formats, and no needless compilation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import test_util
+from oracle_grad import SLOPES
+
+import slif
+from slif.surrogate import emit, fire_and_reset, spike
+
+CONSTRUCTORS = {
+    "secant": slif.secant,
+    "secant squared": lambda **numbers: slif.secant(**numbers, squared=True),
+    "secant scaled": lambda **numbers: slif.secant(**numbers, scaled=True),
+    "secant squared scaled": lambda **numbers: slif.secant(**numbers, squared=True, scaled=True),
+    "fast_sigmoid": slif.fast_sigmoid,
+    "sigmoid": slif.sigmoid,
+    "arctan": slif.arctan,
+    "triangular": slif.triangular,
+    "boxcar": slif.boxcar,
+    "gaussian": slif.gaussian,
+    "straight_through": slif.straight_through,
+}
+DEFAULTS = {
+    **{name: {"c1": 0.82, "c2": 0.08} for name in SLOPES if name.startswith("secant")},
+    "fast_sigmoid": {"slope": 25.0},
+    "sigmoid": {"slope": 25.0},
+    "arctan": {"alpha": 2.0},
+    "triangular": {"width": 1.0},
+    "boxcar": {"width": 1.0},
+    "gaussian": {"width": 1.0},
+    "straight_through": {},
+}
+# Antiderivatives; that of the secants is 0 up to i = 0.
+ANTIDERIVATIVES = {
+    "secant": lambda i, c1, c2: 2 / c2 * jnp.arctan(jnp.tanh(c2 * jnp.maximum(i, 0) / 2)),
+    "secant squared": lambda i, c1, c2: jnp.tanh(c2 * jnp.maximum(i, 0)) / c2,
+    "secant scaled": lambda i, c1, c2: 2 * c1 * jnp.arctan(jnp.tanh(c2 * jnp.maximum(i, 0) / 2)),
+    "secant squared scaled": lambda i, c1, c2: jnp.maximum(0, c1 * jnp.tanh(c2 * i)),
+    "fast_sigmoid": lambda x, slope: x / (1 + slope * jnp.abs(x)),
+    "sigmoid": lambda x, slope: (1 + jnp.tanh(slope * x / 2)) / 2,
+    "arctan": lambda x, alpha: jnp.arctan(math.pi * alpha * x / 2) / math.pi,
+    "triangular": lambda x, width: jnp.where(
+        jnp.abs(x) < width, x - x * jnp.abs(x) / (2 * width), jnp.sign(x) * width / 2
+    ),
+    "boxcar": lambda x, width: jnp.clip(x, -width, width),
+    "gaussian": lambda x, width: jax.scipy.stats.norm.cdf(x, scale=width),
+    "straight_through": lambda x: x,
+}
+every_slope = pytest.mark.parametrize("name", SLOPES)
+
+
+def other_numbers(name):
+    return {number: 0.6 * value for number, value in DEFAULTS[name].items()}
+
+
+def extremes(dtype):
+    info = jnp.finfo(dtype)
+    magnitudes = [0.0, float(info.smallest_subnormal), float(info.tiny), float(info.eps), 1.0, 50.0, 1e4]
+    magnitudes += [float(info.max) ** 0.5, 1e-3 * float(info.max), float(info.max)]
+    return jnp.array([sign * x for x in magnitudes for sign in (-1, 1)], dtype)
+
+
+@every_slope
+def test_defaults_are_the_documented_ones(name):
+    assert CONSTRUCTORS[name]().numbers == DEFAULTS[name]
+    assert CONSTRUCTORS[name]().wrt == ("current" if name.startswith("secant") else "voltage")
+    assert CONSTRUCTORS[name]().detach_reset
+
+
+@every_slope
+@pytest.mark.parametrize("numbers", [DEFAULTS.get, other_numbers], ids=["default", "other"])
+def test_slope_is_its_formula(name, numbers):
+    # No point on the edge of the rectangle, which float32 and float64 could see on either side.
+    x = np.concatenate([np.linspace(-6.03, 6.03, 242), [-30.0, 0.0, 30.0]]).astype(np.float32)
+    slope = CONSTRUCTORS[name](**numbers(name))(x)
+    np.testing.assert_allclose(slope, SLOPES[name](x.astype(np.float64), **numbers(name)), rtol=2e-5, atol=1e-7)
+
+
+@every_slope
+def test_spike_with_the_antiderivative_as_primal_checks_numerically(name):
+    surrogate = CONSTRUCTORS[name](**other_numbers(name))
+
+    @jax.custom_jvp
+    def smooth(x):
+        return ANTIDERIVATIVES[name](x, **other_numbers(name))
+
+    smooth.defjvps(lambda dx, _, x: surrogate(x) * dx)
+    # None of these is within reach of a kink: 0, and 0.6 for the triangle and the rectangle.
+    x = jnp.array([-3.0, -0.9, -0.4, -0.13, -0.031, 0.027, 0.11, 0.43, 0.8, 4.0])
+    test_util.check_grads(smooth, (x,), order=1, modes=("fwd", "rev"), atol=2e-3, rtol=2e-3, eps=3e-3)
+
+
+@every_slope
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_value_and_derivatives_are_finite_at_the_extremes(name, dtype):
+    x = extremes(dtype)
+
+    @jax.jit
+    def evaluate(surrogate, x):
+        value, pull = jax.vjp(lambda surrogate, x: surrogate(x), surrogate, x)
+        return value, pull(jnp.ones_like(value))
+
+    value, derivatives = evaluate(CONSTRUCTORS[name](), x)
+    assert value.dtype == dtype
+    for leaf in jax.tree.leaves((value, derivatives)):
+        assert jnp.isfinite(leaf).all()
+    assert (value >= 0).all()
+
+
+@every_slope
+def test_spike_is_finite_where_the_distance_to_the_threshold_overflows(name):
+    u = extremes(jnp.float32)
+
+    @jax.jit
+    def evaluate(surrogate, u, thr):
+        z, pull = jax.vjp(lambda u, thr: spike(surrogate, u, thr), u, thr)
+        return z, pull(jnp.ones_like(z))
+
+    z, gradients = evaluate(CONSTRUCTORS[name](), u, -u)
+    np.testing.assert_array_equal(z, u > -u)
+    for gradient in gradients:
+        assert jnp.isfinite(gradient).all()
+
+
+def test_spike_is_strict_and_differentiates_by_the_slope_alone():
+    surrogate = slif.arctan()
+    u, thr = jnp.array([0.3, 0.4, 0.5]), jnp.array([0.4, 0.4, 0.4])
+    z, pull = jax.vjp(spike, surrogate, u, thr)
+    slope, u_bar, thr_bar = pull(jnp.ones_like(z))
+    np.testing.assert_array_equal(z, [0, 0, 1])
+    np.testing.assert_array_equal(u_bar, surrogate(u - thr))
+    np.testing.assert_array_equal(thr_bar, -surrogate(u - thr))
+    assert float(slope.numbers["alpha"]) == 0
+
+
+def test_emit_hands_the_spikes_on_and_differentiates_by_the_current_alone():
+    surrogate, i, s = slif.secant(), jnp.array([-1.0, 2.0, 30.0]), jnp.array([1.0, 0.0, 1.0])
+    value, pull = jax.vjp(lambda i, s: emit(surrogate, i, s), i, s)
+    i_bar, s_bar = pull(jnp.ones_like(value))
+    np.testing.assert_array_equal(value, s)
+    np.testing.assert_array_equal(i_bar, surrogate(i))
+    np.testing.assert_array_equal(s_bar, 0)
+
+
+def test_reset_through_the_spike_keeps_infinite_voltages_out_of_the_value():
+    u, z = jnp.array([jnp.inf, 0.5, 0.25]), jnp.array([1.0, 1.0, 0.0])
+    np.testing.assert_array_equal(fire_and_reset(u, z), [0, 0, 0.25])
+    u_bar, z_bar = jax.grad(lambda u, z: fire_and_reset(u, z).sum(), (0, 1))(u[1:], z[1:])
+    np.testing.assert_array_equal(u_bar, [0, 1])
+    np.testing.assert_array_equal(z_bar, -u[1:])
+
+
+def rectifier(x):
+    return jnp.maximum(x, 0)
+
+
+MAKERS = {
+    **{name: lambda number, name=name: CONSTRUCTORS[name](**dict.fromkeys(DEFAULTS[name], number)) for name in SLOPES},
+    "custom": lambda number: slif.custom(rectifier),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_equal_surrogate_or_another_number_does_not_trace_again(name):
+    traces = []
+
+    @jax.jit
+    def evaluate(surrogate, x):
+        traces.append(name)
+        return surrogate(x)
+
+    x = jnp.array([0.5])
+    evaluate(MAKERS[name](2.0), x)
+    evaluate(MAKERS[name](2.0), x)
+    annealed = evaluate(MAKERS[name](3.0), x)
+    assert len(traces) == 1
+    np.testing.assert_array_equal(annealed, MAKERS[name](3.0)(x))
+
+
+@pytest.mark.parametrize("name", ["secant", "arctan"])
+def test_annealing_does_not_compile_simulate_again(name, compilations):
+    params = slif.init_params(jax.random.key(0), 2, tau_m=10.0, resist_m=1.0, thr=0.4, surrogate=MAKERS[name](2.0))
+    state, currents = slif.init_state(params), jnp.ones((3, 2))
+    slif.simulate(params, state, currents, dt=1.0)
+    compilations()
+    for number in (2.0, 3, np.float64(4.0), np.float32(5.0)):
+        slif.simulate(params.replace(surrogate=MAKERS[name](number)), state, currents, dt=1.0)
+    assert compilations() == 0
+
+
+def test_a_number_of_a_slope_can_be_swept():
+    x = jnp.linspace(-1, 1, 5)
+    swept = jax.vmap(lambda alpha: slif.arctan(alpha)(x))(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(swept, [slif.arctan(1.0)(x), slif.arctan(2.0)(x)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: slif.arctan(0.0), ValueError, "alpha"),
+        (lambda: slif.gaussian(-1.0), ValueError, "width"),
+        (lambda: slif.fast_sigmoid(np.inf), ValueError, "slope"),
+        (lambda: slif.secant(c2=np.nan), ValueError, "c2"),
+        (lambda: slif.secant(c1="0.8"), TypeError, "c1"),
+        (lambda: slif.secant(squared=1), TypeError, "squared"),
+        (lambda: slif.boxcar(detach_reset=None), TypeError, "detach_reset"),
+        (lambda: slif.custom(3.0), TypeError, "fn"),
+        (lambda: slif.custom(rectifier, wrt="spike"), ValueError, "wrt"),
+    ],
+)
+def test_mistakes_name_the_argument(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
