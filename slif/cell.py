@@ -205,7 +205,7 @@ def _rest(params: SLIFParams, shape: tuple[int, ...]) -> SLIFState:
     zeros = [jnp.zeros(shape, params.thr.dtype) for _ in range(4)]
 
     def fresh(leaf: Array) -> Array:
-        # Without the copy, jit hands a leaf that has this shape already back as the same buffer.
+        # The state can be donated, so it must not be a buffer of params, whatever jit does with an output that is an input.
         leaf = leaf.reshape((1,) * (len(shape) - leaf.ndim) + leaf.shape)
         return jnp.copy(jnp.broadcast_to(leaf, shape))
 

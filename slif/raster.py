@@ -28,7 +28,7 @@ def pack_spikes(s: Array) -> Array:
         Array([1, 1], dtype=uint8)
     """
     s = _check.raster("s", s)
-    return jnp.packbits(s != 0, axis=-1, bitorder="little")
+    return jnp.packbits(s.astype(bool), axis=-1, bitorder="little")
 
 
 def unpack_spikes(packed: Array, n_units: int) -> Array:
