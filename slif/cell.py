@@ -73,7 +73,8 @@ def prepare(params: SLIFParams, ndim: int) -> SLIFParams:
     weights = params.inh_weights
     if weights is not None:
         weights = jnp.where(jnp.eye(params.n_units, dtype=bool), 0, weights.astype(dtype))
-    leaves = jax.tree.map(align, params.replace(thr=None, inh_weights=None))
+    # Behind the barrier XLA does not see constants, which it would multiply together in another order of rounding.
+    leaves = lax.optimization_barrier(jax.tree.map(align, params.replace(thr=None, inh_weights=None)))
     return leaves.replace(thr=params.thr, inh_weights=weights)
 
 
@@ -205,7 +206,7 @@ def _rest(params: SLIFParams, shape: tuple[int, ...]) -> SLIFState:
     zeros = [jnp.zeros(shape, params.thr.dtype) for _ in range(4)]
 
     def fresh(leaf: Array) -> Array:
-        # The state can be donated, so it must not be a buffer of params, whatever jit does with an output that is an input.
+        # The state can be donated, so it must be no buffer of params, whatever jit does with an input it returns.
         leaf = leaf.reshape((1,) * (len(shape) - leaf.ndim) + leaf.shape)
         return jnp.copy(jnp.broadcast_to(leaf, shape))
 

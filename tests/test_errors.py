@@ -55,7 +55,7 @@ INIT_PARAMS = [
     *real_cases("thr_jitter", shape=(N,), low=-0.1),
     *(init_case(TypeError, thr_persist=value) for value in (1, "yes", None)),
     *(init_case(TypeError, sticky_spikes=value) for value in (1, "yes", None)),
-    *(init_case(TypeError, surrogate=value) for value in ("secant", slif.secant, 0.5)),
+    *(init_case(TypeError, surrogate=value) for value in ("secant", max, 0.5)),
     *(init_case(TypeError, dtype=value) for value in (np.int32, "no dtype", complex, bool)),
 ]
 

@@ -129,6 +129,21 @@ def test_a_sticky_spike_carried_in_counts(implementation):
     np.testing.assert_array_equal(out["first_spike_time"], np.where(out["s"][0] > 0, 10, np.inf))
 
 
+def test_constants_round_like_arguments(implementation):
+    """Params closed over by a compiled function, as most training steps have them."""
+    numbers = {"tau_m": 17.3, "resist_m": 1.37, "refract_time": 1.0, "thr_gain": 0.013, "thr_leak": 0.0017}
+    arrays = {name: np.float32(number) for name, number in numbers.items()}
+    thr, currents = np.full(64, 0.4, np.float32), make_currents((300, 16, 64))
+
+    def simulate(params, currents, dt):
+        state = slif.init_state(params, 16)
+        return slif.simulate(params, state, currents, dt=dt, record=FIELDS, implementation=implementation)
+
+    expected = jax.jit(simulate)(slif.SLIFParams(thr=thr, **arrays), currents, np.float32(0.3))
+    closed = jax.jit(lambda currents: simulate(slif.SLIFParams(thr=thr, **numbers), currents, 0.3))(currents)
+    assert_same(closed, expected)
+
+
 # --- shapes ---
 
 

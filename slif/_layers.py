@@ -1,0 +1,158 @@
+"""What the two Flax layers share: how parameters are stored and learned, and the calls to the plain functions.
+
+A stored array has the name of its parameter behind a prefix that tells its kind:
+    logscale_tau_m    given value * exp(stored): keeps its sign, never reaches 0, starts exactly at the given value
+    learned_thr_gain  the parameter itself, of which any real number is valid
+    fixed_thr         drawn once and not trained
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from slif import _check
+from slif.cell import advance, init_params, init_state, prepare
+from slif.simulation import simulate
+from slif.surrogate import secant
+from slif.types import SLIFParams, SLIFState
+
+Carry = tuple[SLIFState, Array]
+
+KINDS = {
+    "tau_m": "logscale",
+    "resist_m": "logscale",
+    "rho_b": "logscale",
+    "resist_inh": "logscale",
+    "thr": "learned",
+    "thr_gain": "learned",
+    "thr_leak": "learned",
+    "inh_weights": "learned",
+}
+# A factor of 3000 up or down: no step of an optimiser overflows the parameter, or rounds it to 0.
+BOUND = 8.0
+
+
+def _is_off(value: Any) -> bool:
+    return type(value) in (int, float) and value == 0
+
+
+def switch_on(hyper: Mapping[str, Any], learn: Iterable[str]) -> dict[str, Any]:
+    """The hyperparameters with the mechanisms to learn switched on; raises for what cannot be learned."""
+    if isinstance(learn, str) or not all(isinstance(name, str) for name in learn):
+        raise TypeError(f"learn: expected a tuple of names, got {learn!r}")
+    if unknown := sorted(set(learn) - set(KINDS)):
+        raise ValueError(f"learn: expected names among {', '.join(KINDS)}, got {', '.join(unknown)}")
+    if "inh_weights" in learn and _is_off(hyper["resist_inh"]):
+        raise ValueError("learn: inh_weights cannot be learned without inhibition; give resist_inh")
+    hyper = dict(hyper)
+    for name in set(learn) - {"inh_weights"}:
+        value = hyper[name]
+        if KINDS[name] == "logscale" and not isinstance(value, jax.Array) and np.any(np.asarray(value) == 0):
+            raise ValueError(f"{name}: expected a value other than 0 to start learning from, got {value!r}")
+        hyper[name] = np.float32(0) if _is_off(value) else value
+    return hyper
+
+
+def stored_names(hyper: Mapping[str, Any], learn: Iterable[str]) -> list[str]:
+    names = [f"{kind}_{name}" for name, kind in KINDS.items() if name in learn]
+    if "thr" not in learn and not _is_off(hyper["thr_jitter"]):
+        names.append("fixed_thr")
+    if "inh_weights" not in learn and not _is_off(hyper["resist_inh"]):
+        names.append("fixed_inh_weights")
+    return names
+
+
+def stored_values(key: Array, features: int, hyper: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:
+    """Initial values, in float32 or wider so that small steps of an optimiser do not round away."""
+    params = init_params(key, features, **{**hyper, "dtype": _wide(_check.floating("dtype", hyper["dtype"]))})
+    values = {name: getattr(params, name.partition("_")[2]) for name in names}
+    return {name: jnp.zeros_like(x) if name.startswith("logscale_") else x for name, x in values.items()}
+
+
+def given_params(features: int, hyper: Mapping[str, Any]) -> SLIFParams:
+    """The parameters as given, without what is drawn: no jitter, no inhibition matrix."""
+    dtype = _check.floating("dtype", hyper["dtype"])
+    thr = _check.real("thr", hyper["thr"])
+    _check.scalar_or_units("thr", thr, features)
+    mechanisms = ("thr_gain", "thr_leak", "rho_b", "resist_inh")
+    return SLIFParams(
+        thr=jnp.broadcast_to(jnp.asarray(thr, _wide(dtype)).astype(dtype), (features,)),
+        surrogate=secant() if hyper["surrogate"] is None else hyper["surrogate"],
+        **{name: hyper[name] for name in ("tau_m", "resist_m", "refract_time", "sticky_spikes", "thr_persist")},
+        **{name: hyper[name] for name in mechanisms if not _is_off(hyper[name])},
+    )
+
+
+def assemble(given: SLIFParams, stored: Mapping[str, Array]) -> SLIFParams:
+    """The parameters of the cell now: what was given, with what is stored in its place."""
+    dtype, leaves = given.thr.dtype, {}
+    for key, value in stored.items():
+        kind, _, name = key.partition("_")
+        if kind == "logscale":
+            value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(jnp.clip(value, -BOUND, BOUND))
+        elif kind == "fixed":
+            value = lax.stop_gradient(value)
+        leaves[name] = value.astype(dtype)
+    return _check.params(given.replace(**leaves))
+
+
+def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
+    _check_features(input_shape, params.n_units)
+    # One count a row: `RNN` picks the last carry of each row by its sequence length.
+    return init_state(params, input_shape[:-1]), jnp.zeros(input_shape[:-1], jnp.int32)
+
+
+def run_cell(params: SLIFParams, dt: float, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
+    state, count = carry
+    state = _check.state(params, state)
+    _check_features(np.shape(inputs), params.n_units)
+    inputs = _check.current("inputs", inputs, state.v.shape)
+    if count.shape != state.v.shape[:-1]:
+        raise ValueError(f"carry: expected a step count of shape {state.v.shape[:-1]}, got shape {count.shape}")
+    return _run_cell(params, _check.scalar("dt", dt, params.thr.dtype), (state, count), inputs)
+
+
+@jax.jit
+def _run_cell(params: SLIFParams, dt: Array, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
+    state, count = carry
+    wide = _wide(dt.dtype)
+    t = (count.astype(wide) * dt.astype(wide)).astype(dt.dtype)
+    state = advance(prepare(params, state.v.ndim), state, inputs, t[..., None], dt)
+    return (state, count + 1), state.s
+
+
+def run_sequence(
+    params: SLIFParams,
+    dt: float,
+    x: Array,
+    *,
+    time_major: bool,
+    initial_state: SLIFState | None,
+    valid: Array | None,
+    record: tuple[str, ...],
+    return_state: bool,
+) -> Any:
+    if np.ndim(x) < 2:
+        raise ValueError(f"x: expected a time axis and a last axis of {params.n_units} features, got {np.shape(x)}")
+    _check_features(np.shape(x), params.n_units)
+    time = 0 if time_major else x.ndim - 2
+    currents = jnp.moveaxis(x, time, 0)
+    state = init_state(params, currents.shape[1:-1]) if initial_state is None else initial_state
+    valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
+    state, out = simulate(params, state, currents, dt=_check.scalar("dt", dt, params.thr.dtype), record=record, valid=valid)
+    out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}
+    result = out["s"] if tuple(out) == ("s",) else out
+    return (result, state) if return_state else result
+
+
+def _check_features(shape: tuple[int, ...], features: int) -> None:
+    if shape[-1:] != (features,):
+        raise ValueError(f"features: the layer has {features}, got inputs of shape {shape}")
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)

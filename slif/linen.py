@@ -1,0 +1,207 @@
+"""The cell as Flax Linen modules: `SLIFCell` for `nn.RNN`, and `SLIF` for whole sequences."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from slif import _layers
+from slif.surrogate import Surrogate
+from slif.types import SLIFParams, SLIFState
+
+__all__ = ["SLIF", "SLIFCell", "trainable"]
+
+
+class _Neurons(nn.Module):
+    features: int
+    _: dataclasses.KW_ONLY
+    dt: float
+    tau_m: ArrayLike
+    resist_m: ArrayLike
+    thr: ArrayLike
+    resist_inh: ArrayLike = 0.0
+    thr_persist: bool = False
+    thr_gain: ArrayLike = 0.0
+    thr_leak: ArrayLike = 0.0
+    rho_b: ArrayLike = 0.0
+    refract_time: ArrayLike = 0.0
+    sticky_spikes: bool = False
+    thr_jitter: ArrayLike = 0.05
+    surrogate: Surrogate | None = None
+    dtype: DTypeLike = "float32"
+    learn: tuple[str, ...] = ()
+
+    def _hyper(self) -> dict[str, Any]:
+        others = ("features", "dt", "learn", "time_major", "parent", "name")
+        names = [field.name for field in dataclasses.fields(self) if field.name not in others]
+        return _layers.switch_on({name: getattr(self, name) for name in names}, self.learn)
+
+    def setup(self):
+        hyper = self._hyper()
+        names = _layers.stored_names(hyper, self.learn)
+        # One key for all that is drawn, as in `init_params`; `param` would draw another for each name.
+        new = self.is_mutable_collection("params") and not any(self.has_variable("params", name) for name in names)
+        key = self.make_rng("params") if names and new else None
+
+        def init(own_key: Array, name: str) -> Array:
+            return _layers.stored_values(own_key if key is None else key, self.features, hyper, names)[name]
+
+        self.stored = {name: self.param(name, init, name) for name in names}
+
+    def slif_params(self) -> SLIFParams:
+        """The parameters of the cell now, for `slif.simulate` and its like."""
+        return _layers.assemble(_layers.given_params(self.features, self._hyper()), self.stored)
+
+
+class SLIFCell(nn.RNNCellBase, _Neurons):
+    """The sLIF cell as a recurrent cell: one step of `slif.step`, run over time by `nn.RNN`.
+
+        (state, k), s = cell((state, k), j)   with   state = step(params, state, j, k dt, dt)
+
+    Thresholds with jitter and the inhibition matrix are drawn at `init` from the "params" stream, by `slif.init_params`
+    with the key that `make_rng` gives there. They are stored in "params" as "fixed_thr" and "fixed_inh_weights", behind
+    `stop_gradient`; `trainable` masks them from weight decay. What is neither drawn nor learned stays in the module.
+
+    Args:
+        features: the number of units, N.
+        dt: the length of a step, ms.
+        tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
+            thr_jitter, surrogate, dtype: as in `slif.init_params`.
+        learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
+            logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
+            "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
+            array [N] is one a unit, thr is always [N]. With a surrogate with respect to the current, only resist_m,
+            resist_inh and inh_weights get a gradient.
+
+    Returns:
+        Of a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is the `SLIFState`
+        and the count of steps [...]; the clock is count * dt.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the contract of `flax.linen.RNNCellBase`.
+
+    Example:
+        >>> rnn = nn.RNN(SLIFCell(3, dt=1.0, tau_m=20.0, resist_m=1.0, thr=0.4), time_major=True)
+        >>> x = jax.numpy.ones((10, 2, 3))
+        >>> variables = rnn.init(jax.random.key(0), x)
+        >>> rnn.apply(variables, x).shape
+        (10, 2, 3)
+    """
+
+    def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
+        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs)
+
+    def initialize_carry(self, rng: Array | None, input_shape: tuple[int, ...]) -> _layers.Carry:
+        """The cell at rest, with the stored thresholds; `rng` is not used."""
+        del rng
+        if self.scope is not None:
+            return _layers.initial_carry(self.slif_params(), input_shape)
+        hyper = self._hyper()
+        if {"fixed_thr", "learned_thr"} & set(_layers.stored_names(hyper, self.learn)):
+            raise ValueError(
+                "initialize_carry: the thresholds are stored in the variables, which an unbound cell does not have; "
+                "use cell.apply(variables, rng, input_shape, method='initialize_carry') or nn.RNN"
+            )
+        given = _layers.given_params(self.features, {**hyper, "resist_inh": 0.0})
+        return _layers.initial_carry(given, input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class SLIF(_Neurons):
+    """A layer of sLIF cells over whole sequences: `slif.simulate`.
+
+        s = simulate(params, initial_state, x, dt=dt)
+
+    It stores, draws and learns its parameters as `SLIFCell` does.
+
+    Args:
+        features: the number of units, N.
+        dt: the length of a step, ms.
+        tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
+            thr_jitter, surrogate, dtype: as in `slif.init_params`.
+        learn: names of the parameters to train, as in `SLIFCell`.
+        time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
+
+    Returns:
+        Of a call with currents x: the spikes, in the shape of x; see `__call__`.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3).
+
+    Example:
+        >>> layer = SLIF(3, dt=1.0, tau_m=20.0, resist_m=1.0, thr=0.4, learn=("resist_m",))
+        >>> x = jax.numpy.ones((10, 2, 3))
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> sorted(variables["params"])
+        ['fixed_thr', 'logscale_resist_m']
+        >>> layer.apply(variables, x, record=("spike_count",))["spike_count"].shape
+        (2, 3)
+    """
+
+    time_major: bool = True
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        initial_state: SLIFState | None = None,
+        valid: Array | None = None,
+        record: tuple[str, ...] = ("s",),
+        return_state: bool = False,
+    ) -> Any:
+        """Runs the layer over a sequence, which starts at time 0.
+
+        Args:
+            x: currents [T, ..., N], or [..., T, N] if not `time_major`.
+            initial_state: the state before the first step; None for rest.
+            valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
+            record: what to return, as in `slif.simulate`.
+            return_state: return the state after the last step as well.
+
+        Returns:
+            The spikes, or a dict of what was recorded if `record` is not ("s",). With `return_state` a pair of that
+            and the state.
+        """
+        return _layers.run_sequence(
+            self.slif_params(),
+            self.dt,
+            x,
+            time_major=self.time_major,
+            initial_state=initial_state,
+            valid=valid,
+            record=record,
+            return_state=return_state,
+        )
+
+
+def trainable(params: Any) -> Any:
+    """Tells which parameters of a model are trained: all but the thresholds and inhibition that layers only store.
+
+        optax.adamw(1e-3, mask=trainable)   leaves those without weight decay
+
+    Args:
+        params: the "params" of a model.
+
+    Returns:
+        A pytree of bools in the structure of `params`.
+
+    Source: `optax.masked`.
+
+    Example:
+        >>> trainable({"Dense_0": {"bias": 0.0}, "SLIF_0": {"fixed_thr": 0.4, "learned_thr_gain": 0.1}})
+        {'Dense_0': {'bias': True}, 'SLIF_0': {'fixed_thr': False, 'learned_thr_gain': True}}
+    """
+    stored_only = ("fixed_thr", "fixed_inh_weights")
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in stored_only, params)

@@ -1,0 +1,192 @@
+"""The cell as Flax NNX modules: `SLIFCell` for `nnx.RNN`, and `SLIF` for whole sequences."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from slif import _layers
+from slif.cell import init_params
+from slif.surrogate import Surrogate
+from slif.types import SLIFParams, SLIFState
+
+__all__ = ["SLIF", "Fixed", "SLIFCell"]
+
+
+class Fixed(nnx.Variable):
+    """Parameters that are not trained: state of the module, saved with it, but no `nnx.Param`."""
+
+
+def _value(variable: nnx.Variable) -> Any:
+    # `get_value` came after Flax 0.11, where `value` is not yet deprecated.
+    return variable.get_value() if hasattr(variable, "get_value") else variable.value
+
+
+class _Neurons(nnx.Module):
+    def __init__(
+        self,
+        features: int,
+        *,
+        dt: float,
+        tau_m: ArrayLike,
+        resist_m: ArrayLike,
+        thr: ArrayLike,
+        resist_inh: ArrayLike = 0.0,
+        thr_persist: bool = False,
+        thr_gain: ArrayLike = 0.0,
+        thr_leak: ArrayLike = 0.0,
+        rho_b: ArrayLike = 0.0,
+        refract_time: ArrayLike = 0.0,
+        sticky_spikes: bool = False,
+        thr_jitter: ArrayLike = 0.05,
+        surrogate: Surrogate | None = None,
+        dtype: DTypeLike = jnp.float32,
+        learn: tuple[str, ...] = (),
+        rngs: nnx.Rngs,
+    ):
+        hyper = {
+            "tau_m": tau_m,
+            "resist_m": resist_m,
+            "thr": thr,
+            "resist_inh": resist_inh,
+            "thr_persist": thr_persist,
+            "thr_gain": thr_gain,
+            "thr_leak": thr_leak,
+            "rho_b": rho_b,
+            "refract_time": refract_time,
+            "sticky_spikes": sticky_spikes,
+            "thr_jitter": thr_jitter,
+            "surrogate": surrogate,
+            "dtype": dtype,
+        }
+        hyper, key = _layers.switch_on(hyper, learn), rngs.params()
+        self.features, self.dt = features, dt
+        self.given = Fixed(init_params(key, features, **hyper))
+        self.learned = tuple(name for name in _layers.stored_names(hyper, learn) if not name.startswith("fixed_"))
+        for name, value in _layers.stored_values(key, features, hyper, self.learned).items():
+            setattr(self, name, nnx.Param(value))
+
+    def slif_params(self) -> SLIFParams:
+        """The parameters of the cell now, for `slif.simulate` and its like."""
+        given = jax.lax.stop_gradient(_value(self.given))
+        return _layers.assemble(given, {name: getattr(self, name)[...] for name in self.learned})
+
+
+class SLIFCell(_Neurons, nnx.RNNCellBase):
+    """The sLIF cell as a recurrent cell: one step of `slif.step`, run over time by `nnx.RNN`.
+
+        (state, k), s = cell((state, k), j)   with   state = step(params, state, j, k dt, dt)
+
+    Thresholds with jitter and the inhibition matrix are those of `slif.init_params` with the key `rngs.params()`. What
+    is not learned is held in one `Fixed` variable, saved with the module but no `nnx.Param`: optimisers and weight
+    decay leave it alone.
+
+    Args:
+        features: the number of units, N.
+        dt: the length of a step, ms.
+        tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
+            thr_jitter, surrogate, dtype: as in `slif.init_params`.
+        learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
+            logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
+            "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
+            array [N] is one a unit, thr is always [N]. With a surrogate with respect to the current, only resist_m,
+            resist_inh and inh_weights get a gradient.
+        rngs: random streams, of which "params" is used.
+
+    Returns:
+        Of a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is the `SLIFState`
+        and the count of steps [...]; the clock is count * dt.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the contract of `flax.nnx.RNNCellBase`.
+
+    Example:
+        >>> cell = SLIFCell(3, dt=1.0, tau_m=20.0, resist_m=1.0, thr=0.4, rngs=nnx.Rngs(0))
+        >>> nnx.RNN(cell, time_major=True)(jnp.ones((10, 2, 3))).shape
+        (10, 2, 3)
+    """
+
+    def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
+        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs)
+
+    def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> _layers.Carry:
+        """The cell at rest, with the thresholds of the module; `rngs` and `carry_init` are not used."""
+        del rngs, carry_init
+        return _layers.initial_carry(self.slif_params(), input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class SLIF(_Neurons):
+    """A layer of sLIF cells over whole sequences: `slif.simulate`.
+
+        s = simulate(params, initial_state, x, dt=dt)
+
+    It holds, draws and learns its parameters as `SLIFCell` does.
+
+    Args:
+        features: the number of units, N.
+        time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
+        **hyper: dt, the hyperparameters, learn and rngs, as in `SLIFCell`.
+
+    Returns:
+        Of a call with currents x: the spikes, in the shape of x; see `__call__`.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3).
+
+    Example:
+        >>> layer = SLIF(3, dt=1.0, tau_m=20.0, resist_m=1.0, thr=0.4, learn=("resist_m",), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((10, 2, 3)), record=("spike_count",))["spike_count"].shape
+        (2, 3)
+        >>> list(nnx.state(layer, nnx.Param))
+        ['logscale_resist_m']
+    """
+
+    def __init__(self, features: int, *, time_major: bool = True, **hyper: Any):
+        super().__init__(features, **hyper)
+        self.time_major = time_major
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        initial_state: SLIFState | None = None,
+        valid: Array | None = None,
+        record: tuple[str, ...] = ("s",),
+        return_state: bool = False,
+    ) -> Any:
+        """Runs the layer over a sequence, which starts at time 0.
+
+        Args:
+            x: currents [T, ..., N], or [..., T, N] if not `time_major`.
+            initial_state: the state before the first step; None for rest.
+            valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
+            record: what to return, as in `slif.simulate`.
+            return_state: return the state after the last step as well.
+
+        Returns:
+            The spikes, or a dict of what was recorded if `record` is not ("s",). With `return_state` a pair of that
+            and the state.
+        """
+        return _layers.run_sequence(
+            self.slif_params(),
+            self.dt,
+            x,
+            time_major=self.time_major,
+            initial_state=initial_state,
+            valid=valid,
+            record=record,
+            return_state=return_state,
+        )
