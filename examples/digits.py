@@ -112,9 +112,9 @@ def _checked(path: Path, name: str, x: np.ndarray, y: np.ndarray) -> tuple[np.nd
     if x.dtype.kind not in "iuf" or y.dtype.kind not in "iu":
         raise ValueError(f"{path}: expected {name} images of numbers and classes of integers, got {x.dtype}, {y.dtype}")
     top = 1 if x.dtype.kind == "f" else 255
-    if not (0 <= x.min() and x.max() <= top):
+    if not (x.min() >= 0 and x.max() <= top):
         raise ValueError(f"{path}: expected {name} images from 0 to {top}, got {x.min()} to {x.max()}")
-    if not (0 <= y.min() and y.max() < N_CLASSES):
+    if not (y.min() >= 0 and y.max() < N_CLASSES):
         raise ValueError(f"{path}: expected {name} classes 0 .. {N_CLASSES - 1}, got {y.min()} .. {y.max()}")
     return x.reshape(len(x), -1).astype(np.float32) / np.float32(top), y.astype(np.int32)
 

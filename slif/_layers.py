@@ -143,7 +143,9 @@ def run_sequence(
     currents = jnp.moveaxis(x, time, 0)
     state = init_state(params, currents.shape[1:-1]) if initial_state is None else initial_state
     valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
-    state, out = simulate(params, state, currents, dt=_check.scalar("dt", dt, params.thr.dtype), record=record, valid=valid)
+    state, out = simulate(
+        params, state, currents, dt=_check.scalar("dt", dt, params.thr.dtype), record=record, valid=valid
+    )
     out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}
     result = out["s"] if tuple(out) == ("s",) else out
     return (result, state) if return_state else result
