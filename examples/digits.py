@@ -62,7 +62,7 @@ def load(path: Path | None = None) -> Digits:
 def _bundled() -> Digits:
     from sklearn.datasets import load_digits
 
-    x, y = load_digits(return_X_y=True)
+    x, y = (np.asarray(array) for array in load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(x))
     x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)
     n_test = len(x) // 5
@@ -72,11 +72,11 @@ def _bundled() -> Digits:
 def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays of those names; OSError or ValueError, in one line, for a file that does not hold them."""
     try:
-        with np.load(path) as file:
+        with np.load(path) as file:  # an .npy has no such context: TypeError
             if missing := set(keys) - set(file):
                 raise ValueError(f"no {', '.join(sorted(missing))} among its keys ({', '.join(file)})")
             return {key: file[key] for key in keys}
-    except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not an .npz with {', '.join(keys)}: {error}") from error
 
 
