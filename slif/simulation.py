@@ -10,10 +10,10 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from slif import _check
+from slif import _check, kernels
 from slif.cell import advance, drive, prepare
 from slif.raster import pack_spikes
-from slif.surrogate import emit
+from slif.surrogate import Surrogate, emit
 from slif.types import SLIFParams, SLIFState
 
 RECORDS = (*_check.FIELDS, "s_packed", "spike_count", "first_spike_time")
@@ -51,7 +51,9 @@ def simulate(
         checkpoint_every: in the backward pass of a voltage surrogate, keep the state of every so many steps only and
             run the steps between again; fewer, down to half as many, where that divides T. About sqrt(T) saves the
             most memory.
-        implementation: "xla", "pallas", or None for the best there is for the platform and the arguments.
+        implementation: "xla"; "pallas", one fused kernel for NVIDIA GPUs from compute capability 9.0 on, which runs in
+            Pallas' slow interpreter where there is no GPU; or None for the best for the platform and the arguments. The
+            kernel's gradients for a voltage surrogate are reverse mode only.
 
     Returns:
         The state after the last step, and a dict of what was recorded.
@@ -79,8 +81,7 @@ def simulate(
         checkpoint_every = _check.size("checkpoint_every", checkpoint_every, 1)
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f"implementation: expected None, 'xla' or 'pallas', got {implementation!r}")
-    if implementation == "pallas":
-        raise NotImplementedError("implementation: there is no fused kernel for this platform; use None or 'xla'")
+    spike_dtype = dtype if spike_dtype is None else _check_spike_dtype(spike_dtype)
     return _simulate(
         params,
         state,
@@ -89,9 +90,32 @@ def simulate(
         _check.scalar("dt", dt, dtype),
         _check.scalar("t0", t0, dtype),
         record=_check_record(record),
-        spike_dtype=dtype if spike_dtype is None else _check_spike_dtype(spike_dtype),
+        spike_dtype=spike_dtype,
         checkpoint_every=checkpoint_every,
+        fused=_fuses(implementation, params, state, currents, valid, spike_dtype),
     )
+
+
+def _fuses(
+    implementation: str | None,
+    params: SLIFParams,
+    state: SLIFState,
+    currents: Array,
+    valid: Array | None,
+    spike_dtype: np.dtype,
+) -> bool:
+    """Whether a kernel runs the loop: when asked for, or on a GPU when it can."""
+    if implementation == "xla":
+        return False
+    missing, gpu = kernels.missing(params, state, currents, valid, spike_dtype), kernels.gpu(currents)
+    if implementation is None:
+        own = params.surrogate.slope.__module__ == Surrogate.__module__  # who knows what a custom one is made of
+        return missing is None and gpu is True and own
+    if gpu is False:
+        missing = "this GPU: it takes one of NVIDIA's of compute capability 9.0 or later"
+    if missing is not None:
+        raise NotImplementedError(f"implementation: 'pallas' cannot do {missing}; use None or 'xla'")
+    return True
 
 
 def _check_record(record: Any) -> tuple[str, ...]:
@@ -113,7 +137,7 @@ def _check_spike_dtype(dtype: Any) -> np.dtype:
     return dtype
 
 
-@functools.partial(jax.jit, static_argnames=("record", "spike_dtype", "checkpoint_every"))
+@functools.partial(jax.jit, static_argnames=("record", "spike_dtype", "checkpoint_every", "fused"))
 def _simulate(
     params: SLIFParams,
     state: SLIFState,
@@ -125,17 +149,28 @@ def _simulate(
     record: tuple[str, ...],
     spike_dtype: np.dtype,
     checkpoint_every: int | None,
+    fused: bool,
 ) -> tuple[SLIFState, dict[str, Array]]:
     dtype = params.thr.dtype
     params, dt, t0 = prepare(params, state.v.ndim), dt.astype(dtype), t0.astype(dtype)
     if params.surrogate.wrt == "current" and currents.shape[0] > 0:
         state = lax.stop_gradient(state).replace(s=state.s, j=state.j)  # a frozen row would pass the others through
     arguments = (params, state, currents, valid, dt, t0)
-    if currents.shape[0] == 0 or params.surrogate.wrt == "voltage" or params.resist_inh is not None:
-        return _run(*arguments, record, spike_dtype, checkpoint_every, differentiated=True)
+    elementwise = currents.shape[0] > 0 and params.surrogate.wrt == "current" and params.resist_inh is None
+    if fused:
+        from slif.kernels.fused import run  # where it is used, since importing Pallas takes longer than JAX itself
+
+        loop = functools.partial(run, record=record, spike_dtype=spike_dtype)
+    else:
+        every = None if elementwise else checkpoint_every
+        loop = functools.partial(
+            _run, record=record, spike_dtype=spike_dtype, every=every, differentiated=not elementwise
+        )
+    if not elementwise:
+        return loop(*arguments)
     # The spike's derivative is a function of the current alone: the loop runs on constants, keeping nothing for the
     # backward pass, and the derivative is attached to what it returns.
-    final, out = _run(*lax.stop_gradient(arguments), record, spike_dtype, None, differentiated=False)
+    final, out = loop(*lax.stop_gradient(arguments))
     return _attach(params, state, currents, valid, final, out)
 
 
@@ -176,9 +211,10 @@ def _run(
     valid: Array | None,
     dt: Array,
     t0: Array,
+    *,
     record: tuple[str, ...],
     spike_dtype: np.dtype,
-    checkpoint_every: int | None,
+    every: int | None,
     differentiated: bool,
 ) -> tuple[SLIFState, dict[str, Array]]:
     """The scan; the final state's fields that it does not carry are left as they were."""
@@ -214,7 +250,7 @@ def _run(
         _pack({name: getattr(state, name) for name in carried}, paired),
         {name: x for name, x in summaries.items() if name in record},
     )
-    (fields, summary), out = _scan(body, start, (currents, times, valid), currents.shape[0], checkpoint_every)
+    (fields, summary), out = _scan(body, start, (currents, times, valid), currents.shape[0], every)
     return state.replace(**_unpack(carried, fields)), out | summary
 
 

@@ -77,7 +77,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", params=["xla"])
 def implementation(request):
-    """Every implementation of `simulate` that runs here."""
+    """Every implementation of `simulate` that does all that it offers; test_kernels.py runs the other."""
     return request.param
 
 

@@ -273,12 +273,6 @@ def test_an_unknown_record_lists_the_known_ones():
         slif.simulate(PARAMS, STATE, CURRENTS, dt=1.0, record=("s", "spikes"))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there may be a fused kernel for this platform")
-def test_there_is_no_fused_kernel_for_a_cpu():
-    with pytest.raises(NotImplementedError, match=r"^implementation: "):
-        slif.simulate(PARAMS, STATE, CURRENTS, dt=1.0, implementation="pallas")
-
-
 def test_an_array_on_the_device_is_never_read_back():
     """What a device holds is the caller's business: reading it would wait for the device, and break under jit."""
     params = init(tau_m=jnp.float32(-1), thr_gain=jnp.float32(NAN), refract_time=jnp.float32(-1))

@@ -55,8 +55,11 @@ def test_step(golden):
         assert_agree(vars(state), {name: trace[name][k] for name in FIELDS})
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_simulate(golden, implementation):
     config, params, trace = golden
+    if implementation == "pallas" and (params.rho_b is not None or params.resist_inh is not None):
+        pytest.skip("the fused kernels leave what mixes units to the scan")
     state, dt = slif.init_state(params, config["batch_size"]), config["dt"]
     windows = np.split(trace["current"], [config["reset_at"]] if config["reset_at"] else [])
     outs, k = [], 0
