@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import slif
+from slif.kernels import OLDEST_JAX
 
+pytestmark = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason="the fused kernels need a newer jax")
 FUSED = [name for name in MECHANISMS if name not in ("sparsity", "inhibition", "everything", "sparse_everything")]
 MIXED = [name for name in MECHANISMS if name not in FUSED]
 UNITS = {"tau_m": np.linspace(5, 30, 50), "resist_m": np.linspace(1, 2, 50), "refract_time": np.linspace(0, 2, 50)}

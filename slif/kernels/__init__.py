@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from slif.types import SLIFParams, SLIFState
 
+OLDEST_JAX = (0, 10)  # Pallas changes with every release; the scan serves those before
 _CURRENTS = ("float32", "bfloat16", "float16")
 _SPIKES = ("float32", "bfloat16", "float16", "bool", "uint8", "int8", "int32")
 
@@ -17,6 +18,7 @@ _SPIKES = ("float32", "bfloat16", "float16", "bool", "uint8", "int8", "int32")
 def missing(params: SLIFParams, state: SLIFState, currents: Array, valid: Array | None, spike_dtype: Any) -> str | None:
     """What of this run a kernel cannot do, or None."""
     reasons = {
+        f"jax {jax.__version__}, which is too old for it": jax.__version_info__ < OLDEST_JAX,
         "rho_b, which mixes units": params.rho_b is not None,
         "lateral inhibition, which mixes units": params.resist_inh is not None,
         "valid": valid is not None,
