@@ -3,15 +3,12 @@
     python benchmarks/bench_grad.py [--json FILE] [--repeats R] [--shapes S] [--peers NAME ...]
 
 Forward + backward returns the raster and the gradient of the currents [T, B, N] for a given cotangent of the raster.
-All but Norse, whose synapse filters the current once more, run the same equations: forward Euler, spike above a fixed
-threshold, reset to 0. Two further tables show what the secant's gradient costs over the forward pass, and the memory
-that `checkpoint_every` saves.
+What the packages run is told in peers.py. Two further tables show what the secant's gradient costs over the forward
+pass, and the memory that `checkpoint_every` saves.
 """
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +17,7 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 
 import slif
 
@@ -54,71 +52,6 @@ def both(raster: Callable, params: Any, state: Any, currents: jax.Array, bar: ja
     return s, pull(bar)[0]
 
 
-def snntorch_raster() -> Callable:
-    torch, snntorch = importlib.import_module("torch"), importlib.import_module("snntorch")
-    surrogate = importlib.import_module("snntorch.surrogate")
-    cell = snntorch.Leaky(
-        beta=1 - cases.DT / cases.TAU_M,
-        threshold=cases.THR,
-        spike_grad=surrogate.atan(),
-        reset_mechanism="zero",
-        reset_delay=False,
-    )
-
-    def run(currents):
-        membrane, raster = cell.reset_mem(), []
-        for j in currents * (cases.DT / cases.TAU_M):
-            s, membrane = cell(j, membrane)
-            raster.append(s)
-        return torch.stack(raster)
-
-    return run
-
-
-def spikingjelly_raster() -> Callable:
-    neuron = importlib.import_module("spikingjelly.activation_based.neuron")
-    surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
-    cell = neuron.LIFNode(
-        tau=cases.TAU_M / cases.DT,
-        v_threshold=cases.THR,
-        surrogate_function=surrogate.ATan(),
-        detach_reset=True,
-        step_mode="m",
-    )
-
-    def run(currents):
-        cell.reset()
-        return cell(currents)
-
-    return run
-
-
-def norse_raster() -> Callable:
-    torch, norse = importlib.import_module("torch"), importlib.import_module("norse.torch")
-    layer = norse.LIF(norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR)))
-    return lambda currents: layer(currents * 0.2)[0]
-
-
-PEERS = {"snntorch": snntorch_raster, "spikingjelly": spikingjelly_raster, "norse": norse_raster}
-
-
-def torch_runs(raster: Callable, currents: np.ndarray, bar: np.ndarray) -> tuple[Callable, Callable]:
-    torch = importlib.import_module("torch")
-    constant, bar = torch.from_numpy(currents), torch.from_numpy(bar)
-
-    def forward():
-        with torch.no_grad():
-            return raster(constant)
-
-    def forward_and_backward():
-        x = constant.clone().requires_grad_()
-        s = raster(x)
-        s.backward(bar)
-        return s.detach(), x.grad
-
-    return forward, forward_and_backward
-
-
 def check(results: dict[str, tuple[Any, Any]], params: slif.SLIFParams, currents: np.ndarray, bar: np.ndarray) -> None:
     """Every raster but Norse's is the same up to ties; gradients are the closed form and the plain scan's."""
     i = currents * np.asarray(params.resist_m)
@@ -133,7 +66,7 @@ def check(results: dict[str, tuple[Any, Any]], params: slif.SLIFParams, currents
             assert close > 0.99, f"{name}: only {close:.4%} of the gradient agrees"
 
 
-def compare(shape: tuple[int, int, int], repeats: int, peers: list[str]) -> list[dict[str, Any]]:
+def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list[dict[str, Any]]:
     """One row for each implementation at this shape."""
     currents, bar = cases.make_currents(shape), np.random.default_rng(1).normal(size=shape).astype(np.float32)
     x, x_bar = jnp.asarray(currents), jnp.asarray(bar)
@@ -147,9 +80,8 @@ def compare(shape: tuple[int, int, int], repeats: int, peers: list[str]) -> list
         backward, compiling[name] = cases.compile_seconds(functools.partial(both, raster), *arguments, x_bar)
         forwards[name] = functools.partial(forward, *arguments)
         boths[name] = functools.partial(backward, *arguments, x_bar)
-    for name in peers:
-        if importlib.util.find_spec(name):
-            forwards[name], boths[name] = torch_runs(PEERS[name](), currents, bar)
+    for name in names:
+        forwards[name], boths[name] = peers.torch_forward(name, currents), peers.torch_both(name, currents, bar)
 
     check({name: run() for name, run in boths.items()}, params, currents, bar)
     forward, backward = cases.median_seconds(forwards, repeats), cases.median_seconds(boths, repeats)
@@ -207,14 +139,16 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
     parser.add_argument("--shapes", type=int, default=len(cases.SHAPES), help="how many of the shapes to run")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="packages to run beside")
+    parser.add_argument(
+        "--peers", nargs="*", choices=peers.TORCH, default=list(peers.TORCH), help="packages to run beside"
+    )
     options = parser.parse_args()
     shapes = cases.SHAPES[: options.shapes]
 
     print(f"{'T, B, N':<18}{'':<16}{'forward':>10}{'+ backward':>12}{'x secant':>10}{'x voltage':>11}{'compile':>10}")
     rows = []
     for shape in shapes:
-        for row in compare(shape, options.repeats, options.peers):
+        for row in compare(shape, options.repeats, peers.installed(options.peers)):
             compiling = "" if row["compile_s"] is None else f"{row['compile_s']:.2f} s"
             print(
                 f"{', '.join(map(str, shape)):<18}{row['name']:<16}{row['forward_ms']:>7.2f} ms"

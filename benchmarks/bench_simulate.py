@@ -1,0 +1,267 @@
+"""`simulate` on a CPU, for every mechanism, beside a plain scan and other packages.
+
+    python benchmarks/bench_simulate.py [--json FILE] [--png FILE] [--repeats R] [--shapes T,B,N ...] [--peers NAME ...]
+    python benchmarks/bench_simulate.py --growth [--json FILE] [--png FILE] [--repeats R]
+
+Each row gives the spikes and the final state of T steps of B x N units; an update is one step of one unit. The plain
+scan is the cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
+Other packages run their nearest cell (see peers.py), which for all but ngc-learn has no refractory period, and are set
+against the first two mechanisms. "of copy" is the share of the bandwidth of one elementwise pass over the currents
+that the spikes and currents of slif's run make up.
+
+`--growth` times it against T, B and N over three decades each.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+
+import slif
+
+SHAPES = (*cases.SHAPES, (2000, 1, 100_000))
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "refractory": {"refract_time": 2.0, "sticky_spikes": True},
+    "adaptive": {"refract_time": 2.0, "sticky_spikes": True, "thr_gain": 0.02, "thr_leak": 0.01},
+    "rho_b": {"rho_b": 0.001},
+    "inhibition": {"resist_inh": 0.001},
+}
+COMPARED = ("plain", "refractory")  # with other packages
+LARGEST_MATRIX = 1024  # units; beyond, the matrix of inhibition is all that is timed
+FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
+
+
+def slif_run(spikes: Any, params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple:
+    state, out = slif.simulate(params, state, currents, dt=cases.DT, spike_dtype=spikes, implementation="xla")
+    return vars(state), out["s"]
+
+
+def plain_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple:
+    """The equations as they stand, each present mechanism of them."""
+    p, dt = params, cases.DT
+
+    def body(carry, x):
+        _, v, s, thr, rfr, tols, _ = carry
+        j, t = x
+        i = j * p.resist_m
+        if p.inh_weights is not None:
+            i = i - (s @ p.inh_weights) * p.resist_inh
+        h = jnp.where(i > 0, 2 * jnp.exp(-0.08 * jnp.abs(i)) / (1 + jnp.exp(-0.16 * jnp.abs(i))), 0)
+        ready = rfr >= p.refract_time
+        u = jnp.where(ready, v + ((i - v) * (1 / p.tau_m)) * dt, v)
+        z = (u > thr).astype(u.dtype)
+        v = jnp.where(z > 0, 0, u)
+        if p.rho_b is not None:
+            thr = jnp.maximum(thr + (z.sum(-1, keepdims=True) - 1) * p.rho_b, 0.025)
+        elif p.thr_gain is not None:
+            thr = (thr + z * p.thr_gain) - thr * p.thr_leak
+        rfr = jnp.where(z > 0, dt, rfr + dt)
+        s = jnp.where(ready, z, 1) if p.sticky_spikes else z
+        tols = jnp.where(s > 0, t, tols)
+        return (i, v, s, thr, rfr, tols, h), s
+
+    times = jnp.arange(len(currents), dtype=jnp.float32) * dt
+    carry, raster = jax.lax.scan(body, tuple(getattr(state, name) for name in FIELDS), (currents, times))
+    return dict(zip(FIELDS, carry, strict=True)), raster
+
+
+def check(runs: dict[str, Callable], mechanism: str) -> None:
+    """slif's spikes are the plain scan's, and its state to rounding; other packages' spikes up to ties."""
+    state, s = runs["plain scan"]()
+    expected = np.asarray(s)
+    for name in ("slif", "slif, bool"):
+        own_state, own = runs[name]()
+        np.testing.assert_array_equal(np.asarray(own, np.float32), expected, err_msg=name)
+        for field in FIELDS:
+            np.testing.assert_allclose(own_state[field], state[field], rtol=1e-5, atol=1e-6, err_msg=f"{name}, {field}")
+    for name, run in runs.items():
+        same_equations = name == "ngclearn" or (name in ("snntorch", "spikingjelly") and mechanism == "plain")
+        if same_equations:
+            same = np.mean(np.asarray(run()) == expected)
+            assert same > 0.999, f"{name}: only {same:.4%} of the spikes agree"
+
+
+def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: list[str]) -> list[dict[str, Any]]:
+    """One row for each implementation at this shape."""
+    arguments = MECHANISMS[mechanism]
+    currents = cases.make_currents(shape)
+    params = cases.make_params(shape[-1], **arguments)
+    inputs = (params, slif.init_state(params, shape[1]), jnp.asarray(currents))
+    functions = {
+        "slif": functools.partial(slif_run, jnp.float32),
+        "slif, bool": functools.partial(slif_run, jnp.bool_),
+        "plain scan": plain_run,
+    }
+    runs, compiling = {}, {}
+    for name, function in functions.items():
+        compiled, compiling[name] = cases.compile_seconds(function, *inputs)
+        runs[name] = functools.partial(compiled, *inputs)
+    for name in names if mechanism in COMPARED else []:
+        if name == "ngclearn":
+            runs[name] = peers.ngclearn_forward(currents, **arguments)
+        else:
+            runs[name] = peers.torch_forward(name, currents)
+    check(runs, mechanism)
+    copy, _ = cases.compile_seconds(lambda x: x + 1, inputs[-1])
+    seconds = cases.median_seconds(runs | {"copy": functools.partial(copy, inputs[-1])}, repeats, budget=8.0)
+    size, bandwidth = int(np.prod(shape)), 2 * currents.nbytes / seconds["copy"]
+    rows = []
+    for name in runs:
+        moved = currents.itemsize + (1 if name == "slif, bool" else 4)
+        rows.append(
+            {
+                "shape": shape,
+                "mechanism": mechanism,
+                "name": name,
+                "ms": 1e3 * seconds[name],
+                "G_updates_s": size / seconds[name] / 1e9,
+                "bytes_an_update": moved,
+                "of_copy": size * moved / seconds[name] / bandwidth,
+                "slif_is_faster": seconds[name] / seconds["slif"],
+                "bool_is_faster": seconds[name] / seconds["slif, bool"],
+                "compile_s": compiling.get(name),
+            }
+        )
+    return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    own = row["compile_s"] is not None
+    print(
+        f"{', '.join(map(str, row['shape'])):<17}{row['mechanism']:<12}{row['name']:<13}{row['ms']:>9.2f}"
+        f"{row['G_updates_s']:>9.3f}{row['bytes_an_update']:>7}{row['of_copy']:>9.2f}"
+        f"{row['slif_is_faster']:>9.2f}{row['bool_is_faster']:>8.2f}" + (f"{row['compile_s']:>10.2f}" if own else ""),
+        flush=True,
+    )
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Updates a second of the refractory cell, by shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["mechanism"] == "refractory"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    width = 0.86 / len(names)
+    colours = ["#08519c", "#4292c6", "#969696", "#d94801", "#fd8d3c", "#fdbe85", "#feedde"]
+    for k, name in enumerate(names):
+        speed = {row["shape"]: row["G_updates_s"] for row in rows if row["name"] == name}
+        at = [n + (k - (len(names) - 1) / 2) * width for n, shape in enumerate(shapes) if shape in speed]
+        bars = axes.bar(at, list(speed.values()), width, label=name, color=colours[k % len(colours)])
+        axes.bar_label(bars, fmt="%.2g", fontsize=7, padding=1)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(shapes)), ["T, B, N = " + ", ".join(map(str, shape)) for shape in shapes])
+    axes.set_ylabel("G updates/s (log)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.15)
+    axes.legend(ncols=len(names), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.12))
+    figure.savefig(path, dpi=110)
+
+
+def growth(repeats: int, path: str | None) -> list[dict[str, Any]]:
+    """Seconds against T, B and N, the line through them, and where the fixed part of it is half of the time."""
+    decades = [10, 30, 100, 300, 1000, 3000, 10_000]
+    axes = {
+        "T": [(n, 1, 1000) for n in decades],
+        "B": [(100, n, 100) for n in decades],
+        "N": [(100, 1, n * 10) for n in decades],
+    }
+    rows = []
+    for letter, shapes in axes.items():
+        seconds, sizes = [], [shape["TBN".index(letter)] for shape in shapes]
+        for shape in shapes:
+            params = cases.make_params(shape[-1], **MECHANISMS["refractory"])
+            inputs = (params, slif.init_state(params, shape[1]), jnp.asarray(cases.make_currents(shape)))
+            compiled, _ = cases.compile_seconds(functools.partial(slif_run, jnp.float32), *inputs)
+            run = functools.partial(compiled, *inputs)
+            seconds.append(cases.median_seconds({"run": run}, 3 * repeats, budget=2.0)["run"])
+        # Relative errors count alike over the decades; a fixed part below zero has no meaning.
+        slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))
+        fixed = max(fixed, 0.0)
+        steep = np.log(seconds[-1] / seconds[-3]) / np.log(sizes[-1] / sizes[-3])
+        print(f"\n{letter:>8}{'ms':>10}{'ns an update':>14}   (T, B, N)")
+        for shape, size, second in zip(shapes, sizes, seconds, strict=True):
+            each = 1e9 * second / np.prod(shape)
+            print(f"{size:>8}{1e3 * second:>10.3f}{each:>14.3f}   {shape}")
+            rows.append({"over": letter, "shape": shape, "size": size, "ms": 1e3 * second})
+        print(
+            f"Over the last decade time grows as {letter}^{steep:.2f}; {1e3 * fixed:.3f} ms are fixed, "
+            f"which is half of the time at {letter} = {fixed / slope:.0f}."
+        )
+    if path:
+        draw_growth(rows, path)
+    return rows
+
+
+def draw_growth(rows: list[dict[str, Any]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained", sharey=True)
+    for panel, letter in zip(panels, "TBN", strict=True):
+        own = [row for row in rows if row["over"] == letter]
+        sizes, times = [row["size"] for row in own], [row["ms"] for row in own]
+        panel.loglog(sizes, times, "o-", color="#08519c", label="simulate")
+        panel.loglog(sizes, [times[-1] * n / sizes[-1] for n in sizes], "--", color="#969696", label="linear")
+        fixed = {"T": "B, N = 1, 1000", "B": "T, N = 100, 100", "N": "T, B = 100, 1"}[letter]
+        panel.set(xlabel=letter, title=fixed)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("ms")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    t, b, n = map(int, text.split(","))
+    return t, b, n
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--growth", action="store_true", help="time against T, B and N instead")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--png", metavar="FILE", help="draw them there")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=list(SHAPES), metavar="T,B,N")
+    everyone = ["ngclearn", *peers.TORCH]
+    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
+    options = parser.parse_args(arguments)
+
+    if options.growth:
+        rows = growth(options.repeats, options.png)
+    else:
+        print(f"{'T, B, N':<17}{'mechanism':<12}{'':<13}{'ms':>9}{'G upd/s':>9}{'bytes':>7}{'of copy':>9}", end="")
+        print(f"{'x slif':>9}{'x bool':>8}{'compile s':>10}")
+        rows = []
+        for shape in options.shapes:
+            large = np.prod(shape) > 10**8  # of 800 MB and more: the two mechanisms that are compared, and no peers
+            for mechanism in COMPARED if large else MECHANISMS:
+                if mechanism == "inhibition" and shape[-1] > LARGEST_MATRIX:
+                    continue
+                names = [] if large else peers.installed(options.peers)
+                for row in compare(shape, mechanism, options.repeats, names):
+                    print_row(row)
+                    rows.append(row)
+        if options.png:
+            draw(rows, options.png)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
