@@ -15,6 +15,7 @@ from slif.surrogate import (
     straight_through,
     triangular,
 )
+from slif.sweeps import grid, sweep
 from slif.types import SLIFParams, SLIFState
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "detach",
     "fast_sigmoid",
     "gaussian",
+    "grid",
     "init_params",
     "init_state",
     "pack_spikes",
@@ -40,6 +42,7 @@ __all__ = [
     "simulate",
     "step",
     "straight_through",
+    "sweep",
     "triangular",
     "unpack_spikes",
 ]

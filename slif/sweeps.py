@@ -1,0 +1,214 @@
+"""Many settings of the cell at once: one compiled program, mapped over the points of a sweep."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from slif import _check
+from slif.cell import init_state
+from slif.simulation import simulate
+from slif.types import SLIFParams, SLIFState
+
+UNITS = ("tau_m", "resist_m", "thr", "refract_time", "thr_gain", "thr_leak", "resist_inh")  # [P] or [P, N]
+NUMBERS = ("rho_b", "dt")  # [P]
+NAMES = (*UNITS, *NUMBERS, "currents")
+
+
+def grid(**axes: ArrayLike) -> dict[str, Array]:
+    """Makes the points of a sweep: every combination of the values on its axes.
+
+        names, points in the order of itertools.product: the last axis runs fastest
+
+    Args:
+        **axes: the values along each axis, a sequence or an array [n].
+
+    Returns:
+        A dict of name -> [P], P the product of the lengths.
+
+    Raises:
+        TypeError: an axis holds no real numbers.
+        ValueError: an axis is not one-dimensional, or there is none.
+
+    Source: the Cartesian product, as `itertools.product` has it.
+
+    Example:
+        >>> grid(tau_m=[10.0, 20.0], thr=[0.4, 0.5])
+        {'tau_m': Array([10., 10., 20., 20.], dtype=float32), 'thr': Array([0.4, 0.5, 0.4, 0.5], dtype=float32)}
+    """
+    if not axes:
+        raise ValueError("axes: expected one axis or more, got none")
+    values = {name: _check.real(name, list(x) if isinstance(x, range) else x) for name, x in axes.items()}
+    for name, x in values.items():
+        if x.ndim != 1:
+            raise ValueError(f"{name}: expected shape [n], got shape {x.shape}")
+    values = {name: _check.put(x, jax.dtypes.canonicalize_dtype(x.dtype)) for name, x in values.items()}
+    points = jnp.meshgrid(*values.values(), indexing="ij")
+    return {name: x.reshape(-1) for name, x in zip(values, points, strict=True)}
+
+
+def sweep(
+    params: SLIFParams,
+    currents: Array | None,
+    *,
+    over: dict[str, ArrayLike],
+    dt: ArrayLike | None = None,
+    state: SLIFState | None = None,
+    t0: ArrayLike = 0.0,
+    record: tuple[str, ...] = ("s",),
+    batch_size: int | None = None,
+    spike_dtype: DTypeLike | None = None,
+    valid: Array | None = None,
+    implementation: str | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> tuple[SLIFState, dict[str, Array]]:
+    """Runs the cell at every point of a sweep, in one program that is compiled once whatever the values.
+
+        simulate(params with over[...][p], state, currents, dt=dt, ...)   for p = 0 .. P - 1
+
+    Args:
+        params: the parameters that all points share.
+        currents: input currents [T, ..., N] that all points share, or None where they are swept.
+        over: name -> [P] or, one number a unit, [P, N]: numeric fields of `SLIFParams` (rho_b [P] only), "dt" [P], or
+            "currents" [P, T, ..., N]. A [P] value of thr replaces the thresholds, jitter included. A mechanism that
+            params lack is switched on; only resist_inh needs params that hold inh_weights.
+        dt: the length of a step, ms, positive; None where it is swept.
+        state: the state before the first step: one [..., N] for all points, or one a point, [P, ..., N]. None for rest,
+            with the batch shape of the currents.
+        t0: the time of the first step, ms.
+        record: what to return of every step, as in `simulate`.
+        batch_size: how many points run side by side, which bounds the memory that they take; None for all.
+        spike_dtype: dtype of the recorded "s", as in `simulate`.
+        valid: boolean [T, ...] over the batch shape, as in `simulate`, for all points.
+        implementation: as in `simulate`.
+        progress: called as progress(points done, P) after every `batch_size` points, which it needs; outside jit only.
+
+    Returns:
+        The final states, fields [P, ..., N], and a dict of what was recorded, each with P in front.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: a name is not known, a shape does not fit, or a Python or NumPy value is out of range.
+
+    Source: `simulate`, mapped.
+
+    Example:
+        >>> from slif import init_params
+        >>> params = init_params(jax.random.key(0), 1, tau_m=20.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
+        >>> over = grid(tau_m=[5.0, 10.0, 20.0])
+        >>> _, out = sweep(params, jnp.full((100, 1), 1.0), over=over, dt=1.0, record=("spike_count",))
+        >>> out["spike_count"].ravel()
+        Array([33., 20., 10.], dtype=float32)
+    """
+    params = _check.params(params)
+    points = _check_over(over, params)
+    n_points = len(next(iter(points.values())))
+    if ("currents" in points) == (currents is not None):
+        raise ValueError("currents: expected an array or a sweep over it, and not both")
+    if ("dt" in points) == (dt is not None):
+        raise ValueError("dt: expected a number or a sweep over it, and not both")
+    dtype, shape = params.thr.dtype, points["currents"].shape[1:] if currents is None else np.shape(currents)
+    if len(shape) < 2 or shape[-1] != params.n_units:
+        raise ValueError(f"currents: expected shape (T, ..., {params.n_units}), got shape {shape}")
+    shared: dict[str, Any] = {"params": params, "t0": _check.scalar("t0", t0, dtype)}
+    if currents is not None:
+        shared["currents"] = _check.current("currents", currents, (None, *shape[1:]))
+    if dt is not None:
+        shared["dt"] = _check.scalar("dt", dt, dtype)
+    if valid is not None:
+        shared["valid"] = _check.mask("valid", valid, shape[:-1])
+    states = None
+    if state is not None:
+        state = _check.state(params, state)
+        if state.v.shape == (n_points, *shape[1:]):
+            states = state
+        elif state.v.shape == shape[1:]:
+            shared["state"] = state
+        else:
+            expected = f"{shape[1:]} or {(n_points, *shape[1:])}"
+            raise ValueError(f"state: expected fields of shape {expected}, got shape {state.v.shape}")
+    if batch_size is not None:
+        batch_size = _check.size("batch_size", batch_size, 1)
+    options = {"record": record, "spike_dtype": spike_dtype, "implementation": implementation}
+    if isinstance(record, list | set | frozenset):
+        options["record"] = tuple(sorted(record))
+    run = functools.partial(_sweep, shared=shared, batch_size=batch_size, options=tuple(options.items()))
+    if progress is None:
+        return run((points, states))
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((points, states, shared))):
+        raise ValueError("progress: expected a call outside of jit, vmap and grad, got traced arguments")
+    return _in_chunks(run, (points, states), n_points, batch_size, progress)
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "options"))
+def _sweep(
+    points: tuple[dict[str, Array], SLIFState | None],
+    *,
+    shared: dict[str, Any],
+    batch_size: int | None,
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[SLIFState, dict[str, Array]]:
+    def one(point):
+        values, state = point
+        arguments = shared | {name: values[name] for name in ("dt", "currents") if name in values}
+        params, currents = arguments.pop("params"), arguments.pop("currents")
+        leaves = {name: x for name, x in values.items() if name not in ("dt", "currents")}
+        if "thr" in leaves:
+            leaves["thr"] = jnp.broadcast_to(leaves["thr"], (params.n_units,))
+        params = params.replace(**leaves)
+        state = arguments.pop("state", state)
+        state = init_state(params, currents.shape[1:-1]) if state is None else state
+        return simulate(params, state, currents, **arguments, **dict(options))
+
+    if batch_size is None:
+        return jax.vmap(one)(points)
+    return lax.map(one, points, batch_size=batch_size)
+
+
+def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None, progress: Callable) -> Any:
+    """The same from the host, a chunk at a time; the last one is filled up, so that one program serves all."""
+    if not callable(progress):
+        raise TypeError(f"progress: expected a function of (points done, P), got {progress!r}")
+    if batch_size is None:
+        raise ValueError("progress: expected a batch_size with it, got None")
+    chunks = []
+    for start in range(0, n_points, batch_size):
+        index = np.minimum(np.arange(start, start + batch_size), n_points - 1)
+        result = jax.block_until_ready(run(jax.tree.map(lambda x, index=index: x[index], points)))
+        done = min(start + batch_size, n_points)
+        chunks.append(jax.tree.map(lambda x, kept=done - start: x[:kept], result))
+        progress(done, n_points)
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
+
+
+def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
+    """The points, each value on the device, broadcast to nothing yet."""
+    if not isinstance(over, dict) or not all(isinstance(name, str) for name in over):
+        raise TypeError(f"over: expected a dict of name -> [P, ...], got {over!r}")
+    unknown = sorted(set(over) - set(NAMES))
+    if unknown or not over:
+        raise ValueError(f"over: expected names among {', '.join(NAMES)}, got {', '.join(unknown) or 'none'}")
+    if "resist_inh" in over and params.inh_weights is None:
+        raise ValueError("over: expected params with inh_weights for a sweep over resist_inh, got None")
+    points = {}
+    for name, value in over.items():
+        if name == "currents":
+            lengths: tuple[int | None, ...] = (None,) * max(np.ndim(value), 3)
+            points[name] = _check.current("over['currents']", value, lengths)
+            continue
+        array = _check.real(name, value)
+        expected = ((None,), (None, params.n_units)) if name in UNITS else ((None,),)
+        if not any(_check.fits(array.shape, shape) for shape in expected):
+            spelt = "[P] or [P, N]" if name in UNITS else "[P]"
+            raise ValueError(f"{name}: expected shape {spelt} with N = {params.n_units}, got shape {array.shape}")
+        points[name] = _check.put(array, params.thr.dtype).astype(params.thr.dtype)
+    lengths_of = {name: x.shape[0] for name, x in points.items()}
+    if len(set(lengths_of.values())) != 1 or 0 in lengths_of.values():
+        raise ValueError(f"over: expected the same number of points P >= 1 everywhere, got {lengths_of}")
+    return points

@@ -1,0 +1,222 @@
+"""Sweeps are separate runs, point for point, in one program."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import BATCH, DT, MECHANISMS, N_UNITS, RECORDS, assert_agree, assert_same, make_currents, make_params
+
+import slif
+
+CURRENTS = make_currents((24, N_UNITS))
+SCALARS = {
+    "tau_m": [5.0, 20.0, 80.0],
+    "resist_m": [-1.0, 0.0, 2.0],
+    "thr": [0.1, 0.4, -0.2],
+    "refract_time": [0.0, 0.25, 3.0],
+    "thr_gain": [0.0, 0.1, -0.1],
+    "thr_leak": [0.0, 0.01, 0.5],
+    "rho_b": [-0.1, 0.0, 0.02],
+    "resist_inh": [-0.5, 0.0, 0.5],
+    "dt": [0.1, 0.25, 1.0],
+}
+
+
+def separate(params, over, currents=CURRENTS, state=None, dt=DT, **options):
+    """One run of `simulate` a point."""
+    results = []
+    for k in range(len(next(iter(over.values())))):
+        values = {name: x[k] for name, x in over.items()}
+        step, j = values.pop("dt", dt), values.pop("currents", currents)
+        leaves = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
+        if "thr" in leaves:
+            leaves["thr"] = jnp.broadcast_to(leaves["thr"], params.thr.shape)
+        own = params.replace(**leaves)
+        start = slif.init_state(own, j.shape[1:-1]) if state is None else state(k)
+        results.append(slif.simulate(own, start, j, dt=step, **options))
+    return jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+
+def assert_points(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert_agree(a if isinstance(a, dict) else vars(a), e if isinstance(e, dict) else vars(e))
+
+
+def test_grid_is_the_product():
+    axes = {"thr": np.array([0.4, 0.5]), "tau_m": [10.0, 20.0, 30.0], "dt": (0.1, 1)}
+    points = slif.grid(**axes)
+    assert list(points) == list(axes)
+    expected = np.array(list(itertools.product(*axes.values())), np.float32)
+    np.testing.assert_array_equal(np.stack(list(points.values()), -1), expected)
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_one_number_a_point(name):
+    params = make_params("inhibition" if name == "resist_inh" else "sticky")
+    over = {name: SCALARS[name]}
+    dt = None if name == "dt" else DT
+    actual = slif.sweep(params, CURRENTS, over=over, dt=dt, record=RECORDS)
+    assert_points(actual, separate(params, over, record=RECORDS))
+
+
+@pytest.mark.parametrize("name", ["tau_m", "thr", "refract_time", "thr_gain"])
+def test_one_number_a_unit(name):
+    over = {name: np.random.default_rng(0).uniform(0.1, 2, (3, N_UNITS))}
+    params = make_params("sticky")
+    assert_points(slif.sweep(params, CURRENTS, over=over, dt=DT), separate(params, over))
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_mechanism_under_a_grid(mechanism):
+    over = slif.grid(tau_m=[10.0, 30.0], refract_time=[0.0, 1.0], dt=[0.2, 0.5])
+    params, currents = make_params(mechanism), make_currents((24, BATCH, N_UNITS))
+    actual = slif.sweep(params, currents, over=over, record=("s", "v"), t0=3.0)
+    assert_points(actual, separate(params, over, currents, record=("s", "v"), t0=3.0))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_chunks_are_the_whole(batch_size):
+    over, params = {"tau_m": np.linspace(5, 30, 5)}, make_params("sticky")
+    whole = slif.sweep(params, CURRENTS, over=over, dt=DT, record=RECORDS)
+    assert_points(slif.sweep(params, CURRENTS, over=over, dt=DT, record=RECORDS, batch_size=batch_size), whole)
+    told = []
+    options = {"batch_size": batch_size, "progress": lambda done, n: told.append((done, n))}
+    assert_points(slif.sweep(params, CURRENTS, over=over, dt=DT, record=RECORDS, **options), whole)
+    assert told == [(min(k, 5), 5) for k in range(batch_size, 5 + batch_size, batch_size)]
+
+
+def test_currents_and_states_of_their_own():
+    params, currents = make_params("sticky"), make_currents((3, 24, 2, N_UNITS))
+    over = {"currents": currents, "thr": [0.2, 0.4, 0.6]}
+    assert_points(slif.sweep(params, None, over=over, dt=DT), separate(params, over))
+    shared = slif.init_state(params, 2).replace(v=jnp.full((2, N_UNITS), 0.3))
+    each = jax.tree.map(lambda x: jnp.stack([x, x + 0.1, x - 0.1]), shared)
+    for state, of in ((shared, lambda k: shared), (each, lambda k: jax.tree.map(lambda x: x[k], each))):
+        actual = slif.sweep(params, None, over=over, dt=DT, state=state)
+        assert_points(actual, separate(params, over, state=of))
+
+
+def test_a_masked_sweep():
+    params, currents = make_params("sticky"), make_currents((24, 2, N_UNITS))
+    valid = np.random.default_rng(0).random((24, 2)) < 0.7
+    over = {"tau_m": [5.0, 20.0]}
+    options = {"valid": valid, "spike_dtype": bool}
+    assert_points(
+        slif.sweep(params, currents, over=over, dt=DT, **options), separate(params, over, currents, **options)
+    )
+
+
+def test_one_compilation_whatever_the_values(compilations):
+    params = make_params("sticky")
+
+    def run(scale):
+        over = {"tau_m": np.array([5.0, 9.0]) * scale, "dt": np.array([0.1, 0.2]) * scale}
+        return slif.sweep(params, CURRENTS, over=over, t0=scale, batch_size=1)
+
+    run(1.0)
+    compilations()
+    run(2.0)
+    assert compilations() == 0
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("surrogate", ["secant", "arctan"])
+def test_gradients_are_those_of_separate_runs(surrogate, batch_size):
+    params = make_params("plain", surrogate=getattr(slif, surrogate)())
+    bars = np.random.default_rng(1).normal(size=(3, *CURRENTS.shape)).astype(np.float32)
+
+    def loss(run, resist_m, tau_m, currents):
+        return jnp.vdot(run({"resist_m": resist_m, "tau_m": tau_m}, currents)[1]["s"], bars)
+
+    points = (jnp.array([1.0, 1.5, 2.0]), jnp.array([10.0, 20.0, 40.0]), jnp.asarray(CURRENTS))
+    swept = jax.grad(loss, (1, 2, 3))(
+        lambda over, j: slif.sweep(params, j, over=over, dt=DT, batch_size=batch_size), *points
+    )
+    alone = jax.grad(loss, (1, 2, 3))(lambda over, j: separate(params, over, j), *points)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-5), swept, alone)
+
+
+def test_shared_arrays_are_not_copied():
+    """No temporary as large as P times the currents, when only counts are asked for."""
+    params, n_points = make_params("plain", n_units=100), 64
+    currents = jax.ShapeDtypeStruct((200, 100), jnp.float32)
+    taus = jax.ShapeDtypeStruct((n_points,), jnp.float32)
+
+    def run(taus, currents):
+        return slif.sweep(params, currents, over={"tau_m": taus}, dt=DT, record=("spike_count",))[1]
+
+    memory = jax.jit(run).lower(taus, currents).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < n_points * 200 * 100
+
+
+def test_inside_jit_and_vmap():
+    params, over = make_params("sticky"), {"tau_m": jnp.array([5.0, 20.0])}
+    expected = slif.sweep(params, CURRENTS, over=over, dt=DT)
+    assert_same(jax.jit(lambda p, o, j: slif.sweep(p, j, over=o, dt=DT))(params, over, CURRENTS), expected)
+    with pytest.raises(ValueError, match="progress: expected a call outside"):
+        jax.jit(lambda o: slif.sweep(params, CURRENTS, over=o, dt=DT, batch_size=1, progress=print))(over)
+
+
+ONE = {"tau_m": [5.0, 9.0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"over": [1]}, TypeError, "over: expected a dict"),
+        ({"over": {}}, ValueError, "over: expected names"),
+        ({"over": {"tau": [1.0]}}, ValueError, "tau_m, .*got tau"),
+        ({"over": {"tau_m": 1.0}}, ValueError, r"tau_m: expected shape \[P\] or \[P, N\]"),
+        ({"over": {"tau_m": [[1.0]]}}, ValueError, "tau_m: expected shape"),
+        ({"over": {"tau_m": []}}, ValueError, "P >= 1"),
+        ({"over": {"tau_m": [0.0]}}, ValueError, "tau_m: expected values > 0"),
+        ({"over": {"tau_m": [np.nan]}}, ValueError, "tau_m: expected finite"),
+        ({"over": {"tau_m": ["a"]}}, TypeError, "tau_m: expected a real"),
+        ({"over": {"rho_b": np.ones((2, N_UNITS))}}, ValueError, r"rho_b: expected shape \[P\]"),
+        ({"over": {"tau_m": [1.0, 2.0], "thr": [1.0]}}, ValueError, "the same number of points"),
+        ({"over": {"resist_inh": [1.0]}}, ValueError, "inh_weights"),
+        ({"over": {"dt": [1.0]}}, ValueError, "dt: expected a number or a sweep"),
+        ({"over": {"dt": [-1.0]}, "dt": None}, ValueError, "dt: expected values > 0"),
+        ({"dt": None}, ValueError, "dt: expected a number or a sweep"),
+        ({"currents": None}, ValueError, "currents: expected an array or a sweep"),
+        ({"over": {"currents": np.ones((2, 5, N_UNITS))}}, ValueError, "currents: expected an array or a sweep"),
+        ({"currents": CURRENTS[0]}, ValueError, "currents: expected shape"),
+        ({"currents": CURRENTS[:, :3]}, ValueError, "currents: expected shape"),
+        ({"currents": "a"}, ValueError, "currents: expected shape"),
+        ({"state": 1}, TypeError, "state: expected SLIFState"),
+        ({"state": slif.init_state(make_params(), 3)}, ValueError, "state: expected fields of shape"),
+        ({"t0": np.inf}, ValueError, "t0: expected finite"),
+        ({"record": ("spikes",)}, ValueError, "record: expected names"),
+        ({"record": "s"}, TypeError, "record: expected a tuple"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected an int >= 1"),
+        ({"batch_size": 1.5}, TypeError, "batch_size: expected an int"),
+        ({"spike_dtype": "spikes"}, TypeError, "spike_dtype"),
+        ({"valid": np.ones(3)}, TypeError, "valid: expected a boolean"),
+        ({"valid": np.ones(3, bool)}, ValueError, "valid: expected shape"),
+        ({"implementation": "cuda"}, ValueError, "implementation"),
+        ({"progress": 1, "batch_size": 1}, TypeError, "progress: expected a function"),
+        ({"progress": print}, ValueError, "progress: expected a batch_size"),
+        ({"params": 1}, TypeError, "params: expected SLIFParams"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    arguments = {"params": make_params("sticky"), "currents": CURRENTS, "over": ONE, "dt": DT} | arguments
+    with pytest.raises(error, match=message):
+        slif.sweep(arguments.pop("params"), arguments.pop("currents"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "message"),
+    [
+        ({}, ValueError, "axes: expected one axis"),
+        ({"a": 1.0}, ValueError, r"a: expected shape \[n\]"),
+        ({"a": [[1.0]]}, ValueError, r"a: expected shape \[n\]"),
+        ({"a": ["x"]}, TypeError, "a: expected a real"),
+        ({"dt": [0.0]}, ValueError, "dt: expected values > 0"),
+    ],
+)
+def test_bad_axes(axes, error, message):
+    with pytest.raises(error, match=message):
+        slif.grid(**axes)
