@@ -189,3 +189,9 @@ def raster(name: str, value: Any) -> Array:
     if value.ndim == 0:
         raise ValueError(f"{name}: expected shape [..., N], got a scalar")
     return put(value, value.dtype)
+
+
+def varying(array: Array) -> Any:
+    """The mesh axes over which JAX knows this to differ, inside shard_map; by the name that the installed JAX has."""
+    kind = jax.typeof(array)
+    return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", None)

@@ -1,7 +1,7 @@
 """Many settings of the cell at once: one compiled program, mapped over the points of a sweep."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ def sweep(
     params: SLIFParams,
     currents: Array | None,
     *,
-    over: dict[str, ArrayLike],
+    over: Mapping[str, ArrayLike],
     dt: ArrayLike | None = None,
     state: SLIFState | None = None,
     t0: ArrayLike = 0.0,
@@ -189,7 +189,7 @@ def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None
 
 def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     """The points, each value on the device, broadcast to nothing yet."""
-    if not isinstance(over, dict) or not all(isinstance(name, str) for name in over):
+    if not isinstance(over, Mapping) or not all(isinstance(name, str) for name in over):
         raise TypeError(f"over: expected a dict of name -> [P, ...], got {over!r}")
     unknown = sorted(set(over) - set(NAMES))
     if unknown or not over:

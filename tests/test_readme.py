@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from slif._check import varying
 from slif.types import SLIFParams, SLIFState
 
 OLDEST_JAX = (0, 10)  # Pallas changes with every release; the scan serves those before
@@ -25,16 +26,10 @@ def missing(params: SLIFParams, state: SLIFState, currents: Array, valid: Array 
         f"params of dtype {params.thr.dtype}": params.thr.dtype != jnp.float32,
         f"currents of dtype {currents.dtype}": str(currents.dtype) not in _CURRENTS,
         f"spike_dtype {spike_dtype}": str(np.dtype(spike_dtype)) not in _SPIKES,
-        "jax.shard_map with check_vma=True": bool(_varying(currents)),
+        "jax.shard_map with check_vma=True": bool(varying(currents)),
         "an empty sequence or batch": 0 in currents.shape,
     }
     return next((reason for reason, so in reasons.items() if so), None)
-
-
-def _varying(array: Array) -> Any:
-    """The mesh axes that JAX keeps account of, by the name that the installed JAX has for them."""
-    kind = jax.typeof(array)
-    return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", None)
 
 
 def gpu(array: Any) -> bool | None:

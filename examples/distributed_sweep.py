@@ -1,0 +1,135 @@
+"""A sweep shared out between processes, on one machine or many; each writes its own shards.
+
+    python examples/distributed_sweep.py --out out/sweep                    alone
+    python examples/distributed_sweep.py --out out/sweep --coordinator HOST:PORT --processes 2 --process 0   and 1
+    srun python examples/distributed_sweep.py --out out/sweep --cluster     under SLURM, Kubernetes, ...: found by JAX
+
+Shard k belongs to process k modulo their number. A shard is there under its name only once it is whole, so that a run
+that was cut off, by a process that died for one, goes on where it stopped when it is started again, with as many
+processes as you like: shards that are there are neither lost nor run again. `--out` has to be a folder that all share.
+Once all are there, process 0 puts them together in sweep.npz: the parameters of each point and its units' spike counts.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from digits import saved
+from jax.experimental import multihost_utils
+
+import slif
+
+N_UNITS, DT = 100, 0.25
+
+
+def points(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The same on every process: nothing about the sweep has to be sent."""
+    side = args.side
+    axes = {
+        "tau_m": np.linspace(5, 40, side),
+        "thr": np.linspace(0.2, 0.8, side),
+        "refract_time": np.linspace(0, 5, side),
+    }
+    return {name: np.asarray(x) for name, x in slif.grid(**axes).items()}
+
+
+def counts(args: argparse.Namespace, over: dict[str, np.ndarray]) -> np.ndarray:
+    """The spikes of each unit at each of these points; unit n gets a constant current of its own."""
+    params = slif.init_params(jax.random.key(0), N_UNITS, tau_m=20.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
+    currents = jnp.broadcast_to(jnp.linspace(0, 4, N_UNITS), (args.steps, N_UNITS))
+    _, out = slif.sweep(params, currents, over=over, dt=DT, record=("spike_count",))
+    return np.asarray(out["spike_count"])
+
+
+def fingerprint(args: argparse.Namespace) -> str:
+    """Of all that decides on the numbers: shards of another sweep are not taken for this one's."""
+    setting = {"side": args.side, "steps": args.steps, "shards": args.shards, "slif": slif.__version__}
+    return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(path: Path, mark: str) -> np.ndarray | None:
+    """A finished shard's counts; None where there is none yet."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        if str(file["fingerprint"]) != mark:
+            raise ValueError(f"{path} belongs to another sweep; choose another --out")
+        return file["spike_count"]
+
+
+def run_shards(args: argparse.Namespace) -> list[Path]:
+    """Runs those of this process that are not there yet; tells where all of them are."""
+    over, mark = points(args), fingerprint(args)
+    size = -(-(args.side**3) // args.shards)
+    paths = [args.out / f"shard_{k:05}.npz" for k in range(args.shards)]
+    for k in range(jax.process_index(), args.shards, jax.process_count()):
+        if read(paths[k], mark) is not None:
+            print(f"shard {k} is there", flush=True)
+            continue
+        # The last shard is filled up with its last point, so that one program serves all.
+        index = np.minimum(np.arange(k * size, (k + 1) * size), args.side**3 - 1)
+        kept = max(min((k + 1) * size, args.side**3) - k * size, 0)
+        result = counts(args, {name: x[index] for name, x in over.items()})[:kept]
+        with saved(paths[k]) as file:
+            np.savez(file, fingerprint=mark, spike_count=result)
+        print(f"shard {k} done", flush=True)
+    return paths
+
+
+def finish(args: argparse.Namespace, paths: list[Path]) -> None:
+    parts = [read(path, fingerprint(args)) for path in paths]
+    whole = np.concatenate([part for part in parts if part is not None])
+    arrays: dict[str, Any] = {**points(args), "spike_count": whole}
+    with saved(args.out / "sweep.npz") as file:
+        np.savez(file, **arrays)
+    print(f"{args.out / 'sweep.npz'}: {len(whole)} points", flush=True)
+
+
+def connect(args: argparse.Namespace) -> None:
+    timeouts: dict[str, Any] = {"initialization_timeout": args.timeout, "heartbeat_timeout_seconds": args.timeout}
+    if args.cluster:
+        jax.distributed.initialize(**timeouts)
+    elif args.processes > 1:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process, **timeouts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A parameter sweep shared out between processes.")
+    parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for the shards and sweep.npz")
+    parser.add_argument("--side", type=int, default=12, help="values on each of the three axes")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of 0.25 ms")
+    parser.add_argument("--shards", type=int, default=16, help="parts that the points are cut into")
+    parser.add_argument("--coordinator", default="localhost:12355", help="address of process 0")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0, help="the number of this one")
+    parser.add_argument("--cluster", action="store_true", help="let JAX find the other processes")
+    parser.add_argument("--timeout", type=int, default=60, help="seconds after which a silent process counts as lost")
+    args = parser.parse_args(arguments)
+    if min(args.side, args.steps, args.shards, args.processes, args.timeout) < 1:
+        parser.error("--side, --steps, --shards, --processes and --timeout have to be 1 or more")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    start = time.perf_counter()
+    connect(args)
+    paths = run_shards(args)
+    try:
+        multihost_utils.sync_global_devices("shards")
+    except Exception as error:
+        print(f"A process was lost; its shards are missing. Start the run again to go on. ({error})", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # the usual way out would wait for the process that is gone
+    if jax.process_index() == 0:
+        finish(args, paths)
+        print(f"{time.perf_counter() - start:.1f} s on {jax.process_count()} processes")
+
+
+if __name__ == "__main__":
+    main()

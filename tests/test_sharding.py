@@ -1,0 +1,145 @@
+"""JAX's own sharding over eight devices: the same results, and no more talk between devices than the equations need."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+N_DEVICES = 8
+
+
+@pytest.mark.skipif(os.environ.get("SLIF_SHARDING") is not None, reason="this is the process that it starts")
+def test_on_eight_devices():
+    """A process of its own, since the number of devices is set when JAX starts."""
+    flags = f"--xla_force_host_platform_device_count={N_DEVICES}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "SLIF_SHARDING": "1"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__)], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["simulate", "sweep", "training", "shard_map"]
+
+
+def main():
+    import re
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import slif
+
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    assert mesh.size == N_DEVICES
+    n_steps, batch, n_units = 20, 8, 32
+    currents = jnp.asarray(np.random.default_rng(0).uniform(-3, 12, (n_steps, batch, n_units)), jnp.float32)
+    cell = {"tau_m": 20.0, "resist_m": 1.5, "thr": 0.4, "refract_time": 1.0, "sticky_spikes": True}
+    mechanisms = {
+        "sticky": {},
+        "adaptive": {"thr_gain": 0.05, "thr_leak": 0.01},
+        "voltage": {"surrogate": slif.arctan()},
+        "rho_b": {"rho_b": 0.01},
+        "inhibition": {"resist_inh": 0.01},
+    }
+    over_batch = {"currents": P(None, "devices"), "state": P("devices"), "units": P()}
+    over_units = {"currents": P(None, None, "devices"), "state": P(None, "devices"), "units": P("devices")}
+
+    def place(tree, spec_of):
+        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec_of(x))), tree)
+
+    def collectives(compiled):
+        names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+        return set(re.findall(rf"\s({names})(?:-start)?\(", compiled.as_text()))
+
+    def agree(actual, expected):
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
+
+    def check(function, arguments, sharded, expected_collectives):
+        compiled = jax.jit(function).lower(*sharded).compile()
+        agree(compiled(*sharded), jax.jit(function)(*arguments))
+        assert collectives(compiled) == expected_collectives, (collectives(compiled), expected_collectives)
+
+    def simulate(params, state, currents):
+        return slif.simulate(params, state, currents, dt=0.25, record=("s", "v", "spike_count"))
+
+    # A sum over units is an all-reduce; for inhibition each device gathers the spikes and keeps its own columns.
+    talk = {"rho_b": {"all-reduce"}, "inhibition": {"all-gather"}}
+    for mechanism, arguments in mechanisms.items():
+        params = slif.init_params(jax.random.key(0), n_units, **cell, **arguments)
+        state = slif.init_state(params, batch)
+        for specs in (over_batch, over_units):
+            columns = P(None, *specs["units"])
+            own = place(params, lambda x, s=specs, c=columns: (P(), s["units"], c)[x.ndim])
+            sharded = (
+                own,
+                place(state, lambda _, s=specs: s["state"]),
+                place(currents, lambda _, s=specs: s["currents"]),
+            )
+            expected = talk.get(mechanism, set()) if specs is over_units else set()
+            check(simulate, (params, state, currents), sharded, expected)
+    print("simulate")
+
+    params = slif.init_params(jax.random.key(0), n_units, **cell)
+    points = {"tau_m": jnp.linspace(5, 40, 16), "thr": jnp.linspace(0.2, 0.8, 16)}
+
+    def sweep(params, currents, over):
+        return slif.sweep(params, currents, over=over, dt=0.25, record=("s", "spike_count"))
+
+    replicated = place((params, currents), lambda _: P())
+    check(sweep, (params, currents, points), (*replicated, place(points, lambda _: P("devices"))), set())
+    print("sweep")
+
+    optimiser = optax.adam(1e-2)
+    x, y = jax.random.normal(jax.random.key(1), (n_steps, batch, 12)), jnp.arange(batch) % n_units
+    for surrogate in (slif.secant(), slif.arctan()):
+        weights = jax.random.normal(jax.random.key(2), (12, n_units))
+        params = slif.init_params(jax.random.key(0), n_units, **cell, surrogate=surrogate)
+
+        def train(weights, memory, x, y, params=params):
+            def loss(weights):
+                s = slif.simulate(params, slif.init_state(params, x.shape[1]), 5 * x @ weights, dt=0.25)[1]["s"]
+                return optax.softmax_cross_entropy_with_integer_labels(s.sum(0), y).mean()
+
+            value, gradient = jax.value_and_grad(loss)(weights)
+            updates, memory = optimiser.update(gradient, memory)
+            return value, gradient, optax.apply_updates(weights, updates)
+
+        arguments = (weights, optimiser.init(weights), x, y)
+        sharded = (*place(arguments[:2], lambda _: P()), place(x, lambda _: P(None, "devices")))
+        check(train, arguments, (*sharded, place(y, lambda _: P("devices"))), {"all-reduce"})
+    print("training")
+
+    for mechanism in ("sticky", "adaptive", "voltage"):
+        params = slif.init_params(jax.random.key(0), n_units, **cell, **mechanisms[mechanism])
+        state = slif.init_state(params, batch)
+        for specs in (over_batch, over_units):
+            own = jax.tree.map(lambda x, s=specs: (P(), s["units"])[x.ndim], params)
+            mapped = jax.shard_map(
+                lambda p, s, x: slif.simulate(p, s, x, dt=0.25, record=("s", "spike_count"))[1]["s"],
+                mesh=mesh,
+                in_specs=(own, specs["state"], specs["currents"]),
+                out_specs=specs["currents"],
+            )
+            arguments = (params, state, currents)
+            compiled = jax.jit(mapped).lower(*arguments).compile()
+            agree(compiled(*arguments), slif.simulate(*arguments, dt=0.25)[1]["s"])
+            gradient = jax.jit(jax.grad(lambda *a, f=mapped: f(*a).sum(), argnums=2))(*arguments)
+            expected = jax.grad(lambda *a: slif.simulate(*a, dt=0.25)[1]["s"].sum(), argnums=2)(*arguments)
+            agree(gradient, expected)
+        fresh = jax.shard_map(
+            lambda x, p=params: slif.simulate(p, slif.init_state(p, x.shape[1]), x, dt=0.25)[1]["s"],
+            mesh=mesh,
+            in_specs=over_batch["currents"],
+            out_specs=over_batch["currents"],
+        )
+        agree(fresh(currents), slif.simulate(params, state, currents, dt=0.25)[1]["s"])
+    print("shard_map")
+
+
+if __name__ == "__main__":
+    main()
