@@ -220,9 +220,10 @@ def _run(
 ) -> tuple[SLIFState, dict[str, Array]]:
     """The scan; the final state's fields that it does not carry are left as they were."""
     carried = _carried(params, record, valid)
-    if _check.varying(currents) and len(currents) > 0:
-        # Inside shard_map a carry has to differ between devices from the start if it does so at the end.
-        state = jax.tree.map(lambda x: jnp.where(False, currents[0].astype(x.dtype), x), state)
+    # Inside shard_map a carry has to differ between devices from the start if it does so at the end.
+    for x in jax.tree.leaves((params, currents, valid, dt, t0)):
+        if _check.varying(x) and x.size > 0:
+            state = jax.tree.map(lambda y, x=x: jnp.where(False, x.ravel()[0].astype(y.dtype), y), state)
     # On CPUs XLA runs one kernel a step for each array that the loop carries, and each computes the step anew: with v
     # and rfr in one, float32 rasters of (100, 250, 1000) take 0.8 of the time, bool ones 0.6, smaller problems as long
     # as before. Under differentiation it costs more than it saves, up to 1.3 times the time.

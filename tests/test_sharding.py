@@ -138,6 +138,26 @@ def main():
             out_specs=over_batch["currents"],
         )
         agree(fresh(currents), slif.simulate(params, state, currents, dt=0.25)[1]["s"])
+
+        def sweep(over, p=params):
+            return slif.sweep(p, currents, over=over, dt=0.25)[1]["s"]
+
+        points = {"tau_m": jnp.linspace(5, 40, 16)}
+        mapped = jax.shard_map(sweep, mesh=mesh, in_specs=P("devices"), out_specs=P("devices"))
+        agree(mapped(points), sweep(points))
+
+    params = slif.init_params(jax.random.key(0), n_units, **cell, surrogate=slif.arctan())
+
+    def gradient(weights, x):
+        def loss(weights):
+            return slif.simulate(params, slif.init_state(params, x.shape[1]), 5 * x @ weights, dt=0.25)[1]["s"].sum()
+
+        return jax.grad(loss)(weights)
+
+    weights = jax.random.normal(jax.random.key(2), (12, n_units))
+    # The sum over devices is JAX's own doing: the weights are the same everywhere, and so must their gradient be.
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P(None, "devices")), out_specs=P())
+    agree(mapped(weights, x), gradient(weights, x))
     print("shard_map")
 
 
