@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import DT, MECHANISMS, RECORDS, assert_agree, make_currents, make_params
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import slif
@@ -188,6 +188,14 @@ class TestCode:
         assert (
             self.lower(jax.grad(lambda p, x: run(p, x)[1]["s"].sum(), argnums=(0, 1), allow_int=True), params, x) == 2
         )
+
+    def test_arrays_on_a_mesh(self):
+        """Their sharding goes with every reshape, which a kernel does not take."""
+        on_mesh = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("batch",)), P())
+        params = jax.device_put(make_params("voltage", 50, thr_gain=0.1, thr_leak=0.1), on_mesh)
+        x = jax.ShapeDtypeStruct((19, 50), jnp.float32, sharding=on_mesh)
+        params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=on_mesh), params)
+        assert self.lower(jax.grad(lambda p, x: run(p, x)[1]["s"].sum(), argnums=(0, 1)), params, x) == 2
 
     def test_vmap_and_shard_map(self):
         params = make_params("voltage", 50)

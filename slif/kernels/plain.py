@@ -39,7 +39,9 @@ def _evaluate(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
         elif inner is not None:
             outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
         else:
-            outputs = eqn.primitive.bind(*inputs, **eqn.params)
+            # Of arrays on a mesh; a kernel sees its own device's part alone.
+            params = eqn.params | ({"sharding": None} if "sharding" in eqn.params else {})
+            outputs = eqn.primitive.bind(*inputs, **params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(x) for x in jaxpr.outvars]
