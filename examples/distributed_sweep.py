@@ -119,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     connect(args)
+    multihost_utils.sync_global_devices("start")  # opens the connections while all are here
     paths = run_shards(args)
     try:
         multihost_utils.sync_global_devices("shards")

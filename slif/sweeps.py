@@ -18,7 +18,7 @@ from slif.types import SLIFParams, SLIFState
 
 UNITS = ("tau_m", "resist_m", "thr", "refract_time", "thr_gain", "thr_leak", "resist_inh")  # [P] or [P, N]
 NUMBERS = ("rho_b", "dt")  # [P]
-NAMES = (*UNITS, *NUMBERS, "currents")
+NAMES = (*UNITS, *NUMBERS, "inh_weights", "currents")
 
 
 def grid(**axes: ArrayLike) -> dict[str, Array]:
@@ -46,8 +46,8 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
         raise ValueError("axes: expected one axis or more, got none")
     values = {name: _check.real(name, list(x) if isinstance(x, range) else x) for name, x in axes.items()}
     for name, x in values.items():
-        if x.ndim != 1:
-            raise ValueError(f"{name}: expected shape [n], got shape {x.shape}")
+        if x.ndim != 1 or x.size == 0:
+            raise ValueError(f"{name}: expected shape [n], n >= 1, got shape {x.shape}")
     values = {name: _check.put(x, jax.dtypes.canonicalize_dtype(x.dtype)) for name, x in values.items()}
     points = jnp.meshgrid(*values.values(), indexing="ij")
     return {name: x.reshape(-1) for name, x in zip(values, points, strict=True)}
@@ -75,15 +75,16 @@ def sweep(
     Args:
         params: the parameters that all points share.
         currents: input currents [T, ..., N] that all points share, or None where they are swept.
-        over: name -> [P] or, one number a unit, [P, N]: numeric fields of `SLIFParams` (rho_b [P] only), "dt" [P], or
-            "currents" [P, T, ..., N]. A [P] value of thr replaces the thresholds, jitter included. A mechanism that
-            params lack is switched on; only resist_inh needs params that hold inh_weights.
+        over: name -> [P] or, one number a unit, [P, N]: numeric fields of `SLIFParams` (rho_b [P] only, inh_weights
+            [P, N, N]), "dt" [P], or "currents" [P, T, ..., N]. A [P] value of thr replaces the thresholds, jitter
+            included. A mechanism that params lack is switched on; inhibition takes resist_inh and inh_weights both.
         dt: the length of a step, ms, positive; None where it is swept.
         state: the state before the first step: one [..., N] for all points, or one a point, [P, ..., N]. None for rest,
             with the batch shape of the currents.
         t0: the time of the first step, ms.
         record: what to return of every step, as in `simulate`.
-        batch_size: how many points run side by side, which bounds the memory that they take; None for all.
+        batch_size: how many points run side by side, which bounds the memory that they take, in the backward pass as
+            well: it runs each batch again. None for all. With points sharded over devices, use it inside shard_map.
         spike_dtype: dtype of the recorded "s", as in `simulate`.
         valid: boolean [T, ...] over the batch shape, as in `simulate`, for all points.
         implementation: as in `simulate`.
@@ -108,7 +109,7 @@ def sweep(
     """
     params = _check.params(params)
     points = _check_over(over, params)
-    n_points = len(next(iter(points.values())))
+    n_points = next(iter(points.values())).shape[0]
     if ("currents" in points) == (currents is not None):
         raise ValueError("currents: expected an array or a sweep over it, and not both")
     if ("dt" in points) == (dt is not None):
@@ -134,7 +135,7 @@ def sweep(
             expected = f"{shape[1:]} or {(n_points, *shape[1:])}"
             raise ValueError(f"state: expected fields of shape {expected}, got shape {state.v.shape}")
     if batch_size is not None:
-        batch_size = _check.size("batch_size", batch_size, 1)
+        batch_size = min(_check.size("batch_size", batch_size, 1), n_points)
     options = {"record": record, "spike_dtype": spike_dtype, "implementation": implementation}
     if isinstance(record, list | set | frozenset):
         options["record"] = tuple(sorted(record))
@@ -168,7 +169,8 @@ def _sweep(
 
     if batch_size is None:
         return jax.vmap(one)(points)
-    return lax.map(one, points, batch_size=batch_size)
+    # The backward pass would otherwise keep the steps of every point.
+    return lax.map(jax.checkpoint(one, prevent_cse=False), points, batch_size=batch_size)
 
 
 def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None, progress: Callable) -> Any:
@@ -179,12 +181,17 @@ def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None
         raise ValueError("progress: expected a batch_size with it, got None")
     chunks = []
     for start in range(0, n_points, batch_size):
-        index = np.minimum(np.arange(start, start + batch_size), n_points - 1)
-        result = jax.block_until_ready(run(jax.tree.map(lambda x, index=index: x[index], points)))
+        index = _check.put(np.minimum(np.arange(start, start + batch_size), n_points - 1), np.int32)
+        result = jax.block_until_ready(run(_take(points, index)))
         done = min(start + batch_size, n_points)
-        chunks.append(jax.tree.map(lambda x, kept=done - start: x[:kept], result))
+        chunks.append(jax.tree.map(lambda x, kept=done - start: lax.slice_in_dim(x, 0, kept), result))
         progress(done, n_points)
     return jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
+
+
+@jax.jit
+def _take(points: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x: x[index], points)
 
 
 def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
@@ -194,18 +201,19 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     unknown = sorted(set(over) - set(NAMES))
     if unknown or not over:
         raise ValueError(f"over: expected names among {', '.join(NAMES)}, got {', '.join(unknown) or 'none'}")
-    if "resist_inh" in over and params.inh_weights is None:
-        raise ValueError("over: expected params with inh_weights for a sweep over resist_inh, got None")
+    for name, other in (("resist_inh", "inh_weights"), ("inh_weights", "resist_inh")):
+        if name in over and other not in over and getattr(params, other) is None:
+            raise ValueError(f"over: expected params with {other} for a sweep over {name}, got None")
     points = {}
     for name, value in over.items():
         if name == "currents":
-            lengths: tuple[int | None, ...] = (None,) * max(np.ndim(value), 3)
-            points[name] = _check.current("over['currents']", value, lengths)
+            points[name] = _check.current("currents", value, (None,) * max(np.ndim(value), 1))
             continue
-        array = _check.real(name, value)
-        expected = ((None,), (None, params.n_units)) if name in UNITS else ((None,),)
+        array, n_units = _check.real(name, value), params.n_units
+        expected = ((None,), (None, n_units)) if name in UNITS else ((None,),)
+        expected = ((None, n_units, n_units),) if name == "inh_weights" else expected
         if not any(_check.fits(array.shape, shape) for shape in expected):
-            spelt = "[P] or [P, N]" if name in UNITS else "[P]"
+            spelt = "[P] or [P, N]" if name in UNITS else "[P, N, N]" if name == "inh_weights" else "[P]"
             raise ValueError(f"{name}: expected shape {spelt} with N = {params.n_units}, got shape {array.shape}")
         points[name] = _check.put(array, params.thr.dtype).astype(params.thr.dtype)
     lengths_of = {name: x.shape[0] for name, x in points.items()}

@@ -68,6 +68,15 @@ def test_one_number_a_unit(name):
     assert_points(slif.sweep(params, CURRENTS, over=over, dt=DT), separate(params, over))
 
 
+def test_one_inhibition_a_point():
+    over = {"inh_weights": np.random.default_rng(0).uniform(0, 0.1, (3, N_UNITS, N_UNITS))}
+    params = make_params("inhibition")
+    assert_points(slif.sweep(params, CURRENTS, over=over, dt=DT), separate(params, over))
+    bare, both = make_params("sticky"), over | {"resist_inh": [0.1, 0.2, 0.3]}
+    swept, alone = slif.sweep(bare, CURRENTS, over=both, dt=DT), separate(bare, both)
+    assert_points(swept, alone)
+
+
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_every_mechanism_under_a_grid(mechanism):
     over = slif.grid(tau_m=[10.0, 30.0], refract_time=[0.0, 1.0], dt=[0.2, 0.5])
@@ -151,6 +160,31 @@ def test_shared_arrays_are_not_copied():
     assert memory.temp_size_in_bytes < n_points * 200 * 100
 
 
+def test_batch_size_bounds_the_backward_pass():
+    params = make_params("plain", n_units=100, surrogate=slif.arctan())
+    currents = jax.ShapeDtypeStruct((200, 100), jnp.float32)
+
+    def loss(taus, currents):
+        options = {"dt": DT, "record": ("spike_count",), "batch_size": 8}
+        return slif.sweep(params, currents, over={"tau_m": taus}, **options)[1]["spike_count"].sum()
+
+    def memory(n_points):
+        taus = jax.ShapeDtypeStruct((n_points,), jnp.float32)
+        return jax.jit(jax.grad(loss)).lower(taus, currents).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(256) < 1.5 * memory(32)
+
+
+def test_no_implicit_transfer():
+    params, over = make_params("sticky"), {"tau_m": [5.0, 9.0, 20.0]}
+    expected = slif.sweep(params, CURRENTS, over=over, dt=DT)
+    with jax.transfer_guard("disallow"):
+        for options in ({}, {"batch_size": 2}, {"batch_size": 2, "progress": lambda *_: None}):
+            assert_points(
+                jax.device_get(slif.sweep(params, CURRENTS, over=over, dt=DT, **options)), jax.device_get(expected)
+            )
+
+
 def test_inside_jit_and_vmap():
     params, over = make_params("sticky"), {"tau_m": jnp.array([5.0, 20.0])}
     expected = slif.sweep(params, CURRENTS, over=over, dt=DT)
@@ -177,11 +211,16 @@ ONE = {"tau_m": [5.0, 9.0]}
         ({"over": {"rho_b": np.ones((2, N_UNITS))}}, ValueError, r"rho_b: expected shape \[P\]"),
         ({"over": {"tau_m": [1.0, 2.0], "thr": [1.0]}}, ValueError, "the same number of points"),
         ({"over": {"resist_inh": [1.0]}}, ValueError, "inh_weights"),
+        ({"over": {"inh_weights": np.ones((1, N_UNITS, N_UNITS))}}, ValueError, "resist_inh"),
+        ({"over": {"inh_weights": np.ones((1, N_UNITS))}}, ValueError, "resist_inh"),
         ({"over": {"dt": [1.0]}}, ValueError, "dt: expected a number or a sweep"),
         ({"over": {"dt": [-1.0]}, "dt": None}, ValueError, "dt: expected values > 0"),
         ({"dt": None}, ValueError, "dt: expected a number or a sweep"),
         ({"currents": None}, ValueError, "currents: expected an array or a sweep"),
         ({"over": {"currents": np.ones((2, 5, N_UNITS))}}, ValueError, "currents: expected an array or a sweep"),
+        ({"over": {"currents": 1.0}, "currents": None}, TypeError, "currents: expected an array"),
+        ({"over": {"currents": np.ones(3)}, "currents": None}, ValueError, "currents: expected shape"),
+        ({"over": {"currents": np.array(1.0)}, "currents": None}, ValueError, "currents"),
         ({"currents": CURRENTS[0]}, ValueError, "currents: expected shape"),
         ({"currents": CURRENTS[:, :3]}, ValueError, "currents: expected shape"),
         ({"currents": "a"}, ValueError, "currents: expected shape"),
@@ -212,6 +251,7 @@ def test_bad_input(arguments, error, message):
     [
         ({}, ValueError, "axes: expected one axis"),
         ({"a": 1.0}, ValueError, r"a: expected shape \[n\]"),
+        ({"a": []}, ValueError, r"a: expected shape \[n\]"),
         ({"a": [[1.0]]}, ValueError, r"a: expected shape \[n\]"),
         ({"a": ["x"]}, TypeError, "a: expected a real"),
         ({"dt": [0.0]}, ValueError, "dt: expected values > 0"),
