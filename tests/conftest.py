@@ -1,5 +1,7 @@
 """Options, fixtures and cases shared by the tests."""
 
+from importlib.util import find_spec
+
 import jax
 import jax.monitoring
 import numpy as np
@@ -73,6 +75,15 @@ def enable_x64():
 def pytest_addoption(parser):
     parser.addoption("--configurations", type=int, default=60, help="random configurations to run by the reference")
     parser.addoption("--require-reference", action="store_true", help="fail, not skip, where ngclearn is absent")
+
+
+@pytest.fixture
+def ngclearn(request):
+    """Skips where the reference is absent, unless it is required."""
+    if find_spec("ngclearn") is None:
+        if request.config.getoption("--require-reference"):
+            pytest.fail("--require-reference: ngclearn is not installed")
+        pytest.skip("ngclearn is not installed")
 
 
 @pytest.fixture(scope="session", params=["xla"])

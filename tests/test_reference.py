@@ -1,7 +1,6 @@
 """Side by side with the reference cell, over random configurations: spike for spike."""
 
 import functools
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,7 @@ import slif
 N_STEPS = 200
 
 
-@pytest.fixture(autouse=True)
-def ngclearn(request):
-    """Skips where the reference is absent, unless it is required."""
-    if find_spec("ngclearn") is None:
-        if request.config.getoption("--require-reference"):
-            pytest.fail("--require-reference: ngclearn is not installed")
-        pytest.skip("ngclearn is not installed")
+pytestmark = pytest.mark.usefixtures("ngclearn")
 
 
 def pytest_generate_tests(metafunc):
