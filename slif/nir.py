@@ -1,0 +1,204 @@
+"""The Neuromorphic Intermediate Representation (NIR): a cell as a `nir.LIF` node, and back. Extra: `slif[nir]`."""
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from slif import _check
+from slif.checkpoint import kind_of, named
+from slif.surrogate import Surrogate, secant
+from slif.types import SLIFParams
+
+try:
+    import nir
+except ImportError as error:
+    raise ImportError('slif.nir needs the package nir: pip install "slif[nir]"') from error
+
+MECHANISMS = ("thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights")
+FLAGS = ("sticky_spikes", "thr_persist")
+
+
+def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF:
+    """Writes the cell as a NIR node, which it is exactly without adaptation, rho_b, inhibition and refractory steps.
+
+        tau dv/dt = (v_leak - v) + r i,   z = v > v_threshold,   v = v_reset where z
+        tau = tau_m / 1000 (s),   r = resist_m,   v_leak = v_reset = 0,   v_threshold = thr with its jitter
+
+    A surrogate is no part of NIR; another than the default goes into the node's metadata.
+
+    Args:
+        params: the parameters; thresholds [N].
+        dt: the length of a step at which the cell runs, ms; a refractory period of dt or less blocks nothing.
+        strict: refuse a cell that NIR cannot express. If False, warn, and keep what NIR lacks in the node's metadata,
+            where `from_nir` finds it and other libraries do not.
+
+    Returns:
+        The node; every field is [N], in float32 (float64 for params in float64), tau in float64 to come back exactly.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: something would be lost and `strict` is set; the message lists it all. Or thresholds are batched.
+
+    Source: Pedersen et al. (2024), Neuromorphic intermediate representation, Nature Communications 15.
+
+    Example:
+        >>> import jax, slif
+        >>> params = slif.init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
+        >>> to_nir(params, dt=1.0).tau
+        array([0.02, 0.02, 0.02])
+    """
+    params = _check.params(params)
+    strict = _check.flag("strict", strict)
+    dtype = params.thr.dtype
+    dt = np.asarray(_check.scalar("dt", dt, dtype)).astype(dtype)
+    if params.thr.ndim != 1:
+        raise ValueError(f"thr: expected shape [N], got shape {params.thr.shape}; NIR has no batches")
+    leaves = {name: _wide(getattr(params, name)) for name in MECHANISMS if getattr(params, name) is not None}
+    lost = _lost(params, leaves, dt)
+    if lost and strict:
+        raise ValueError(f"params: NIR has no {', no '.join(lost)}; strict=False keeps them in the metadata")
+    kept: dict[str, Any] = _surrogate_metadata(params.surrogate)
+    if lost:
+        warnings.warn(f"other libraries will run this node without {', '.join(lost)}", UserWarning, stacklevel=2)
+        leaves["refract_time"] = _wide(params.refract_time)
+        # Plain scalars, since the files of NIR hold no compressed array of rank 0.
+        kept["params"] = {name: x[()] for name, x in leaves.items()}
+        kept["params"] |= {name: getattr(params, name) for name in FLAGS}
+        kept["dt"] = float(dt)
+
+    def units(value: Any) -> np.ndarray:
+        return np.broadcast_to(_wide(value), params.thr.shape).copy()
+
+    return nir.LIF(
+        tau=units(params.tau_m).astype(np.float64) / 1000,
+        r=units(params.resist_m),
+        v_leak=units(0 * params.thr),
+        v_threshold=units(params.thr),
+        v_reset=units(0 * params.thr),
+        metadata={"slif": kept} if kept else {},
+    )
+
+
+def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLIFParams:
+    """Makes parameters from a NIR node, and from what `to_nir` kept in its metadata.
+
+        tau_m = 1000 tau (ms),   resist_m = r,   thr = v_threshold,   refract_time = 0
+
+    Args:
+        node: a `nir.LIF` with v_leak = v_reset = 0 and fields [N] or, with `n_units`, scalars.
+        dt: the length of a step, ms. NIR is continuous in time, but the kept terms are by the step.
+        n_units: the number of units, where the node does not tell; None to take it from the node.
+
+    Returns:
+        The parameters, in the dtype of v_threshold. What is the same for all units is a scalar, but for thr, [N].
+
+    Raises:
+        TypeError: an argument is not of its kind; of a graph, give one node.
+        ValueError: v_leak or v_reset is not 0, which the cell has no term for; a shape or a value is out of range; the
+            metadata is damaged, or holds terms by the step and was written for another dt.
+
+    Source: Pedersen et al. (2024), Neuromorphic intermediate representation, Nature Communications 15.
+
+    Example:
+        >>> import jax, slif
+        >>> params = slif.init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4)
+        >>> back = from_nir(to_nir(params, dt=1.0), dt=1.0)
+        >>> float(back.tau_m), bool((back.thr == params.thr).all())
+        (20.0, True)
+    """
+    if not isinstance(node, nir.LIF):
+        raise TypeError(f"node: expected a nir.LIF, got {type(node).__name__}")
+    dt = np.asarray(_check.scalar("dt", dt, np.float32))
+    fields = {name: np.asarray(getattr(node, name)) for name in ("tau", "r", "v_leak", "v_threshold", "v_reset")}
+    for name in ("v_leak", "v_reset"):
+        if fields[name].any():
+            raise ValueError(f"{name}: expected 0, which the cell rests at and resets to, got {fields[name]}")
+    thr = fields["v_threshold"]
+    if thr.ndim == 0:
+        if n_units is None:
+            raise ValueError("n_units: expected an int for a node of scalars, got None")
+        thr = np.broadcast_to(thr, (_check.size("n_units", n_units, 1),))
+    if thr.ndim != 1 or n_units not in (None, thr.size):
+        raise ValueError(f"v_threshold: expected shape ({n_units or 'N'},), got shape {thr.shape}")
+    dtype = jax.dtypes.canonicalize_dtype(thr.dtype if thr.dtype.kind == "f" else np.float32)
+    kept = _mapping(node.metadata, "slif")
+    leaves: dict[str, Any] = {
+        "tau_m": _scalar_if_equal(fields["tau"].astype(np.float64) * 1000),
+        "resist_m": _scalar_if_equal(fields["r"]),
+        "thr": thr,
+        "refract_time": 0.0,
+        **_kept_params(kept, dt),
+    }
+    flags: dict[str, Any] = {name: _check.flag(name, leaves.pop(name, False)) for name in FLAGS}
+    leaves = {name: _check.put(np.asarray(_check.real(name, x)).astype(dtype), dtype) for name, x in leaves.items()}
+    return _check.params(SLIFParams(**leaves, **flags, surrogate=_kept_surrogate(kept)))
+
+
+def _wide(value: Any) -> np.ndarray:
+    """On the host, in a dtype that files of NIR can hold."""
+    array = np.asarray(value)
+    return array.astype(np.promote_types(array.dtype, np.float32))
+
+
+def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> list[str]:
+    """What the cell does and NIR has no word for; a mechanism that is there at 0 does nothing."""
+    lost = []
+    if (np.asarray(params.refract_time).astype(dt.dtype) > dt).any():
+        lost.append("refract_time > dt")
+        if params.sticky_spikes:
+            lost.append("sticky_spikes")
+    if leaves.get("rho_b", 0) > 0:
+        lost.append("rho_b")
+    else:
+        lost += [name for name in ("thr_gain", "thr_leak") if np.any(leaves.get(name, 0))]
+    if np.any(leaves.get("resist_inh", np.zeros(1)) > 0):
+        lost.append("resist_inh with inh_weights")
+    try:
+        kind_of(params.surrogate)
+    except ValueError:
+        lost.append("surrogate of your own (which no file can hold)")
+    return lost
+
+
+def _surrogate_metadata(surrogate: Surrogate) -> dict[str, Any]:
+    numbers = {name: np.asarray(x) for name, x in surrogate.numbers.items()}
+    default = {name: np.asarray(x) for name, x in secant().numbers.items()}
+    static = surrogate.replace(numbers={}) == secant().replace(numbers={})
+    if static and all(np.all(x == default[name].astype(x.dtype)) for name, x in numbers.items()):
+        return {}
+    try:
+        kind = kind_of(surrogate)
+    except ValueError:
+        return {}
+    numbers = {name: _wide(x)[()] for name, x in numbers.items()}
+    return {"surrogate": {"kind": kind, "detach_reset": surrogate.detach_reset, "numbers": numbers}}
+
+
+def _kept_surrogate(kept: dict[str, Any]) -> Surrogate:
+    if "surrogate" not in kept:
+        return secant()
+    told = _mapping(kept, "surrogate")
+    return named(told.get("kind"), _mapping(told, "numbers"), told.get("detach_reset"))
+
+
+def _kept_params(kept: dict[str, Any], dt: np.ndarray) -> dict[str, Any]:
+    params = _mapping(kept, "params")
+    if unknown := sorted(set(params) - {*MECHANISMS, *FLAGS, "refract_time"}):
+        raise ValueError(f"metadata: expected names among {', '.join(MECHANISMS)}, got {', '.join(unknown)}")
+    if set(params) & set(MECHANISMS) and np.float32(kept.get("dt", np.nan)) != dt:
+        raise ValueError(f"dt: expected {kept.get('dt')}, by whose steps the terms kept in the metadata go, got {dt}")
+    return params
+
+
+def _mapping(parent: dict[str, Any], name: str) -> dict[str, Any]:
+    value = parent.get(name, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"metadata: expected a dict {name}, got {value!r}")
+    return dict(value)
+
+
+def _scalar_if_equal(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1)[0] if array.size and (array == array.reshape(-1)[0]).all() else array
