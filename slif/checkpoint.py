@@ -17,6 +17,8 @@ from slif import surrogate as surrogates
 from slif.surrogate import Surrogate
 from slif.types import SLIFParams, SLIFState
 
+__all__ = ["from_ngclearn", "load", "load_ngclearn", "save", "save_ngclearn"]
+
 VERSION = 1
 FLAGS = ("sticky_spikes", "thr_persist")
 KINDS = {

@@ -17,6 +17,8 @@ try:
 except ImportError as error:
     raise ImportError('slif.nir needs the package nir: pip install "slif[nir]"') from error
 
+__all__ = ["from_nir", "to_nir"]
+
 MECHANISMS = ("thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights")
 FLAGS = ("sticky_spikes", "thr_persist")
 

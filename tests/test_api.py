@@ -1,7 +1,10 @@
 """The conventions of the public surface, as tests that walk it."""
 
+import contextlib
 import dataclasses
+import importlib
 import inspect
+import operator
 import re
 import subprocess
 import sys
@@ -80,8 +83,28 @@ class Contract:
     def straight_through(*, detach_reset=True): ...
     def custom(fn, wrt="voltage", *, detach_reset=True): ...
 
+    class checkpoint:
+        def save(path, params, state): ...
+        def load(path): ...
+        def save_ngclearn(directory, name, params, state): ...
+        def load_ngclearn(directory, name, params, state): ...
+        def from_ngclearn(cell): ...
+
+    class nir:
+        def to_nir(params, *, dt, strict=True): ...
+        def from_nir(node, *, dt, n_units=None): ...
+
+    class plot:
+        def raster(recorded, *, dt=1.0, t0=0.0, row=None, n_units=None, ax=None): ...
+        def traces(recorded, *, params=None, units=None, dt=1.0, t0=0.0, row=None, ax=None): ...
+        def surrogates(which=None, *, x=None, ax=None): ...
+
 
 FUNCTIONS = {name: x for name in slif.__all__ if inspect.isfunction(x := getattr(slif, name))}
+for module in ("checkpoint", "nir", "plot"):
+    with contextlib.suppress(ImportError):  # an extra that is not installed
+        opt_in = importlib.import_module(f"slif.{module}")
+        FUNCTIONS |= {f"{module}.{name}": getattr(opt_in, name) for name in opt_in.__all__}
 functions = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -97,7 +120,7 @@ def test_all_is_the_public_surface():
 
 @functions
 def test_signature(name):
-    actual, expected = parameters(FUNCTIONS[name]), parameters(getattr(Contract, name))
+    actual, expected = parameters(FUNCTIONS[name]), parameters(operator.attrgetter(name)(Contract))
     # `sweep` hands on some of what `simulate` takes.
     assert (actual[: len(expected)] if name == "sweep" else actual) == expected
 
@@ -121,11 +144,12 @@ def test_docstring(name):
     assert re.match(r"[A-Z][^\n]*\.\n\n", doc), "one sentence comes first"
     sections = re.findall(r"^(Args|Returns|Raises|Source|Example):", doc, re.MULTILINE)
     takes = ["Args"] if names else []
-    assert [section for section in sections if section != "Raises"] == [*takes, "Returns", "Source", "Example"]
+    returns = ["Returns"] if inspect.signature(FUNCTIONS[name]).return_annotation is not None else []
+    assert [section for section in sections if section != "Raises"] == [*takes, *returns, "Source", "Example"]
     assert "Raises" in sections or not names
     assert ">>> " in doc.split("Example:")[1]
     if names:
-        told = re.findall(r"^    \**(\w+): ", doc.split("Args:")[1].split("Returns:")[0], re.MULTILINE)
+        told = re.findall(r"^    \**(\w+): ", re.split("Returns:|Raises:", doc.split("Args:")[1])[0], re.MULTILINE)
         assert told == names
 
 

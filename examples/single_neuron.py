@@ -1,0 +1,84 @@
+"""One neuron under a current that comes and goes: a table of its first steps, and its traces.
+
+    python examples/single_neuron.py
+    python examples/single_neuron.py --current 1.5 --refract-time 5 --sticky
+
+The threshold rises with every spike and leaks back, so the neuron fires fast at first and then slower.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+from jax import Array
+
+import slif
+
+matplotlib.use("Agg")
+from slif import plot
+
+RECORD = ("j", "v", "thr", "rfr", "s")
+
+
+def current(n_steps: int, dt: float, height: float) -> Array:
+    """Nothing, then the full height from a tenth to seven tenths of the time, then half of it."""
+    share = jnp.arange(n_steps) * dt / (n_steps * dt)
+    return height * jnp.where(share < 0.1, 0.0, jnp.where(share < 0.7, 1.0, 0.5))[:, None]
+
+
+def simulate(args: argparse.Namespace) -> tuple[slif.SLIFParams, dict[str, Array]]:
+    params = slif.init_params(
+        jax.random.key(0),
+        1,
+        tau_m=20.0,
+        resist_m=1.0,
+        thr=0.4,
+        thr_jitter=0.0,
+        thr_gain=0.05,
+        thr_leak=0.005 * args.dt,
+        refract_time=args.refract_time,
+        sticky_spikes=args.sticky,
+    )
+    j = current(round(args.duration / args.dt), args.dt, args.current)
+    return params, slif.simulate(params, slif.init_state(params), j, dt=args.dt, record=RECORD)[1]
+
+
+def table(out: dict[str, Array], dt: float, first: int, n_rows: int) -> str:
+    lines = [f"{'t, ms':>8}" + "".join(f"{name:>8}" for name in RECORD)]
+    for k in range(first, min(first + n_rows, len(out["v"]))):
+        lines.append(f"{k * dt:>8g}" + "".join(f"{float(out[name][k, 0]):>8.3f}" for name in RECORD))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="One neuron: a table of its first steps, and its traces.")
+    parser.add_argument("--current", type=float, default=1.2, help="height of the current")
+    parser.add_argument("--refract-time", type=float, default=3.0, help="refractory period, ms")
+    parser.add_argument("--sticky", action="store_true", help="hold the output at 1 while refractory")
+    parser.add_argument("--dt", type=float, default=0.5, help="length of a step, ms")
+    parser.add_argument("--duration", type=float, default=300.0, help="ms")
+    parser.add_argument("--out", type=Path, default=Path("out/single_neuron"), help="folder for single_neuron.png")
+    args = parser.parse_args(arguments)
+    if not args.dt > 0 or not args.duration >= 10 * args.dt or not args.refract_time >= 0:
+        parser.error("--dt has to be positive, --duration ten times as long or more, --refract-time 0 or more")
+
+    params, out = simulate(args)
+    start = round(0.1 * args.duration / args.dt)
+    print("The first steps under current: j, then v after the reset, the threshold, the time since the last spike, s")
+    print(table(out, args.dt, start, 24))
+    times = jnp.flatnonzero(out["s"][:, 0] > 0) * args.dt
+    print(f"{int(out['s'].sum())} steps with the output at 1 in {args.duration:g} ms", end="")
+    print(f", the first at {float(times[0]):g} ms" if times.size else "; more current makes it fire")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    axes = plot.traces(out, params=params, dt=args.dt)
+    axes[0].set_title("v, threshold (dashed), spikes, refractory steps (shaded)", fontsize="medium")
+    path = args.out / "single_neuron.png"
+    axes[0].figure.savefig(path, dpi=120)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

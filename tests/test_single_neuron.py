@@ -1,0 +1,44 @@
+"""The quickstart: its table and its picture are those of the cell."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    return importlib.import_module("single_neuron")
+
+
+def test_the_example_runs(example, tmp_path, capsys):
+    example.main(["--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].split() == ["t,", "ms", "j", "v", "thr", "rfr", "s"]
+    rows = np.array([line.split() for line in told[2:26]], float)
+    t, j, v, thr, rfr, s = rows.T
+    assert (j[1:] == 1.2).all()
+    k = int(np.flatnonzero(s)[0])
+    # The equations, from one row to the next.
+    np.testing.assert_allclose(v[1:k], v[: k - 1] + (1.2 - v[: k - 1]) / 20 * 0.5, atol=2e-3)
+    np.testing.assert_allclose(thr[k] - thr[k - 1], 0.05, atol=2e-3)
+    assert (v[k : k + 6] == 0).all()
+    assert v[k + 6] > 0
+    np.testing.assert_array_equal(rfr[k : k + 7], 0.5 * np.arange(1, 8))
+    assert f"the first at {t[k]:g} ms" in told[26]
+    assert Path(told[27]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_too_little_current(example, tmp_path, capsys):
+    example.main(["--current", "0.1", "--out", str(tmp_path)])
+    assert "0 steps with the output at 1 in 300 ms; more current" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [["--dt", "0"], ["--duration", "1"], ["--refract-time", "-1"], ["--dt", "nan"]])
+def test_bad_arguments(example, bad, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        example.main([*bad, "--out", str(tmp_path)])
