@@ -350,14 +350,14 @@ def test_orbax(tmp_path):
 N_BATCH = 3
 
 
-def make_cell(name, thr_persist=False, batch_size=N_BATCH, seed=3, **arguments):
+def make_cell(name, thr_persist=False, batch_size=N_BATCH, n_units=N_UNITS, seed=3, **arguments):
     from ngclearn import Context, MethodProcess
     from ngclearn.components.neurons.spiking.sLIFCell import SLIFCell
 
     numbers = {"tau_m": 20.0, "resist_m": 1.5, "thr": 0.4, **arguments}
     with Context(name):
         key = jax.random.PRNGKey(seed)
-        cell = SLIFCell("z1", N_UNITS, thr_persist=thr_persist, batch_size=batch_size, key=key, **numbers)
+        cell = SLIFCell("z1", n_units, thr_persist=thr_persist, batch_size=batch_size, key=key, **numbers)
         advance = MethodProcess("advance") >> cell.advance_state
     return cell, advance
 

@@ -1,19 +1,77 @@
-"""The README's code runs as it stands, from top to bottom."""
+"""The code of README and of the guides runs as it stands, from top to bottom."""
 
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same
 
-README = Path(__file__).parents[1] / "README.md"
+import slif
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("nir")
+pytest.importorskip("matplotlib")
 
 
-def test_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 6
-    names = {}
+def run_code(path, folder, monkeypatch):
+    """The names after the last block; files are written to the folder."""
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    names: dict = {"losses": []}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+        with jax.numpy_rank_promotion("allow"):  # JAX's default, and the reader's
+            exec(compile(block, str(path), "exec"), names)
         if "value" in names:
-            assert names.pop("value") < jnp.log(10)  # both recipes learn beyond chance
+            names["losses"].append(names.pop("value"))
+    return names
+
+
+def test_readme(tmp_path, monkeypatch):
+    names = run_code(ROOT / "README.md", tmp_path, monkeypatch)
+    assert len(names["losses"]) == 2
+    assert max(names["losses"]) < jnp.log(10)  # both recipes learn beyond chance
     assert names["second"]["s"].shape == (200, 8, 100)
+
+
+def test_guides(tmp_path, monkeypatch):
+    names = run_code(ROOT / "examples" / "guides.md", tmp_path, monkeypatch)
+    params, currents, dt = names["params"], names["currents"], names["dt"]
+
+    def simulate(params, currents, state=None, **arguments):
+        state = slif.init_state(params, 8) if state is None else state
+        return slif.simulate(params, state, currents, dt=dt, **arguments)
+
+    # Truncated: the sum over windows of the gradients of each, from the state that the ones before left.
+    expected, state = 0, None
+    for x in np.split(currents, 4):
+
+        def cost(weight, x=x, state=state):
+            after, out = simulate(params, x @ weight, state)
+            return jnp.square(out["s"].mean(0) - 0.1).sum(), after
+
+        gradient, state = jax.grad(cost, has_aux=True)(names["weight"])
+        expected = expected + gradient
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(names["gradient"], expected, rtol=1e-3, atol=1e-4)
+
+    np.testing.assert_array_equal(names["rates"][3], 0)
+    np.testing.assert_allclose(names["rates"][0], 10 * simulate(params, currents)[1]["s"][:, 0].sum(0), rtol=1e-6)
+    assert_same(names["streamed"], simulate(params, currents[:50])[0])
+    np.testing.assert_array_equal(slif.unpack_spikes(names["packed"]["s_packed"], 32), names["raster"]["s"])
+    assert names["gradient_of_half"].dtype == jnp.bfloat16
+    assert np.abs(names["gradient_of_half"].astype(np.float32)).max() > 0
+    assert_same(names["restored"], names["tree"])
+    np.testing.assert_array_equal(names["same"], names["net"].apply(names["variables"], currents))
+    assert 0.01 < names["same"].mean() < 0.9
+    np.testing.assert_array_equal(names["last_spike"], simulate(params, currents)[0].tols)
+    for picture in ("raster", "traces", "surrogates"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_coming_from(tmp_path, monkeypatch):
+    names = run_code(ROOT / "examples" / "coming_from.md", tmp_path, monkeypatch)
+    for name in ("snntorch_run", "spikingjelly_run", "norse_box_run", "norse_lif_run"):
+        assert 0.01 < names[name](names["x"]).mean() < 0.9
