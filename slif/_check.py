@@ -19,8 +19,8 @@ def is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def real(name: str, value: Any) -> Array | np.ndarray:
-    """A jax.Array as it is, anything else as a NumPy array whose values are finite and within bounds."""
+def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
+    """A jax.Array as it is, anything else as a NumPy array whose values are finite and within bounds in this dtype."""
     if isinstance(value, jax.Array):
         if not is_real(value.dtype):
             raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
@@ -28,11 +28,13 @@ def real(name: str, value: Any) -> Array | np.ndarray:
     array = np.asarray(value) if isinstance(value, int | float | np.generic | np.ndarray | list | tuple) else None
     if array is None or not is_real(array.dtype):
         raise TypeError(f"{name}: expected a real number or array, got {value!r}")
-    if not np.isfinite(array.astype(np.float64)).all():
-        raise ValueError(f"{name}: expected finite values, got {value!r}")
+    with np.errstate(over="ignore", under="ignore"):
+        stored = array.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise ValueError(f"{name}: expected finite values in {stored.dtype}, got {value!r}")
     low, allowed = BOUNDS.get(name, (-np.inf, True))
-    if not (array >= low if allowed else array > low).all():
-        raise ValueError(f"{name}: expected values {'>=' if allowed else '>'} {low}, got {value!r}")
+    if not (stored >= low if allowed else stored > low).all():
+        raise ValueError(f"{name}: expected values {'>=' if allowed else '>'} {low} in {stored.dtype}, got {value!r}")
     return array
 
 
@@ -42,7 +44,7 @@ def put(array: Any, dtype: Any) -> Array:
 
 
 def scalar(name: str, value: Any, dtype: Any) -> Array:
-    array = real(name, value)
+    array = real(name, value, dtype)
     if array.ndim != 0:
         raise ValueError(f"{name}: expected a scalar, got shape {array.shape}")
     return put(array, dtype)
@@ -80,14 +82,14 @@ def params(value: Any) -> SLIFParams:
     if thr.ndim < 1:
         raise ValueError("thr: expected shape [..., N], got a scalar")
     dtype, n_units = floating("thr", thr.dtype), thr.shape[-1]
-    leaves: dict[str, Any] = {"thr": put(thr, dtype)}
+    leaves: dict[str, Any] = {"thr": put(real("thr", thr, dtype), dtype)}
     for name in ("tau_m", "resist_m", "refract_time", "thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights"):
         leaf = getattr(value, name)
         if leaf is None:
             if name in ("tau_m", "resist_m", "refract_time"):
                 raise TypeError(f"{name}: expected a real number or array, got None")
             continue
-        array = real(name, leaf)
+        array = real(name, leaf, dtype)
         if name == "rho_b":
             scalar(name, array, dtype)
         elif name == "inh_weights":
@@ -104,7 +106,7 @@ def params(value: Any) -> SLIFParams:
 def surrogate(value: Any, dtype: Any, n_units: int) -> Any:
     if not isinstance(value, Surrogate):
         raise TypeError(f"surrogate: expected a Surrogate, got {value!r}")
-    numbers = {name: real(f"surrogate {name}", number) for name, number in value.numbers.items()}
+    numbers = {name: real(f"surrogate {name}", number, dtype) for name, number in value.numbers.items()}
     for name, number in numbers.items():
         scalar_or_units(f"surrogate {name}", number, n_units)
     return value.replace(numbers={name: put(number, dtype) for name, number in numbers.items()})

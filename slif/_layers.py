@@ -76,7 +76,7 @@ def stored_values(key: Array, features: int, hyper: Mapping[str, Any], names: It
 def given_params(features: int, hyper: Mapping[str, Any]) -> SLIFParams:
     """The parameters as given, without what is drawn: no jitter, no inhibition matrix."""
     dtype = _check.floating("dtype", hyper["dtype"])
-    thr = _check.real("thr", hyper["thr"])
+    thr = _check.real("thr", hyper["thr"], dtype)
     _check.scalar_or_units("thr", thr, features)
     mechanisms = ("thr_gain", "thr_leak", "rho_b", "resist_inh")
     return SLIFParams(

@@ -142,7 +142,7 @@ def init_params(
     mechanisms = {"thr_gain": thr_gain, "thr_leak": thr_leak, "rho_b": rho_b, "resist_inh": resist_inh}
     numbers |= {name: x for name, x in mechanisms.items() if not (type(x) in (int, float) and x == 0)}
     for name, x in numbers.items():
-        numbers[name] = _check.real(name, x)
+        numbers[name] = _check.real(name, x, dtype)
         _check.scalar_or_units(name, numbers[name], n_units)
 
     draw = jnp.promote_types(dtype, jnp.float32)

@@ -67,7 +67,7 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
     leaves = {f"params.{name}": x for name, x in _fields(params) if name not in ("surrogate", *FLAGS)}
     leaves |= {f"surrogate.{name}": x for name, x in params.surrogate.numbers.items()}
     leaves |= {f"state.{name}": x for name, x in _fields(state)}
-    arrays = {name: np.asarray(x, order="C") for name, x in leaves.items() if x is not None}
+    arrays = {name: np.asarray(jax.device_get(x), order="C") for name, x in leaves.items() if x is not None}
     meta = {
         "slif": VERSION,
         "surrogate": kind_of(params.surrogate),
@@ -138,7 +138,7 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
     """
     params = _check.params(params)
     state = _check.state(params, state)
-    thr = np.asarray(state.thr if params.thr_persist else params.thr)
+    thr = np.asarray(jax.device_get(state.thr if params.thr_persist else params.thr))
     # ngc-learn holds float32 and has no other 16-bit type than NumPy's.
     thr = thr.astype(np.promote_types(thr.dtype, np.float32)).reshape(-1, params.n_units)
     _npz.write(_ngclearn_file(directory, name), {"threshold": thr})
@@ -225,22 +225,22 @@ def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
         raise TypeError(f"cell: expected an ngc-learn SLIFCell, got {type(cell).__name__}")
 
     def put(value: Any) -> jax.Array:
-        return jax.device_put(np.array(value, np.float32))
+        return jax.device_put(np.array(jax.device_get(value), np.float32))
 
-    base = np.asarray(cell.threshold0)
+    base = np.asarray(jax.device_get(cell.threshold0))
     leaves = {"tau_m": cell.tau_m, "resist_m": cell.R_m, "refract_time": cell.refract_T}
     leaves["thr"] = base[0] if len(base) == 1 else base
     mechanisms = {"thr_gain": cell.thrGain, "thr_leak": cell.thrLeak, "rho_b": cell.rho_b, "resist_inh": cell.inh_R}
     leaves |= {name: value for name, value in mechanisms.items() if value != 0}
     if "resist_inh" in leaves:
-        leaves["inh_weights"] = np.asarray(cell.inh_weights)
+        leaves["inh_weights"] = np.asarray(jax.device_get(cell.inh_weights))
         if np.diagonal(leaves["inh_weights"]).any():
             raise ValueError("cell: expected inh_weights with a zero diagonal, got a unit that inhibits itself")
     flags: Any = {name: bool(getattr(cell, name)) for name in FLAGS}
     params = SLIFParams(**{name: put(x) for name, x in leaves.items()}, surrogate=surrogates.secant(), **flags)
     params = _check.params(params)
     shape = np.shape(cell.v.get())
-    fields = {name: put(np.broadcast_to(getattr(cell, name).get(), shape)) for name in _check.FIELDS}
+    fields = {name: put(np.broadcast_to(jax.device_get(getattr(cell, name).get()), shape)) for name in _check.FIELDS}
     return params, _check.state(params, SLIFState(**fields))
 
 

@@ -55,7 +55,7 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
     params = _check.params(params)
     strict = _check.flag("strict", strict)
     dtype = params.thr.dtype
-    dt = np.asarray(_check.scalar("dt", dt, dtype)).astype(dtype)
+    dt = _wide(_check.scalar("dt", dt, dtype)).astype(dtype)
     if params.thr.ndim != 1:
         raise ValueError(f"thr: expected shape [N], got shape {params.thr.shape}; NIR has no batches")
     leaves = {name: _wide(getattr(params, name)) for name in MECHANISMS if getattr(params, name) is not None}
@@ -77,9 +77,9 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
     return nir.LIF(
         tau=units(params.tau_m).astype(np.float64) / 1000,
         r=units(params.resist_m),
-        v_leak=units(0 * params.thr),
+        v_leak=units(np.zeros((), dtype)),
         v_threshold=units(params.thr),
-        v_reset=units(0 * params.thr),
+        v_reset=units(np.zeros((), dtype)),
         metadata={"slif": kept} if kept else {},
     )
 
@@ -113,7 +113,7 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
     """
     if not isinstance(node, nir.LIF):
         raise TypeError(f"node: expected a nir.LIF, got {type(node).__name__}")
-    dt = np.asarray(_check.scalar("dt", dt, np.float32))
+    dt = _wide(_check.scalar("dt", dt, np.float32))
     fields = {name: np.asarray(getattr(node, name)) for name in ("tau", "r", "v_leak", "v_threshold", "v_reset")}
     for name in ("v_leak", "v_reset"):
         if fields[name].any():
@@ -135,20 +135,20 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
         **_kept_params(kept, dt),
     }
     flags: dict[str, Any] = {name: _check.flag(name, leaves.pop(name, False)) for name in FLAGS}
-    leaves = {name: _check.put(np.asarray(_check.real(name, x)).astype(dtype), dtype) for name, x in leaves.items()}
+    leaves = {name: _check.put(np.asarray(_check.real(name, x, dtype)), dtype) for name, x in leaves.items()}
     return _check.params(SLIFParams(**leaves, **flags, surrogate=_kept_surrogate(kept)))
 
 
 def _wide(value: Any) -> np.ndarray:
     """On the host, in a dtype that files of NIR can hold."""
-    array = np.asarray(value)
+    array = np.asarray(jax.device_get(value))
     return array.astype(np.promote_types(array.dtype, np.float32))
 
 
 def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> list[str]:
     """What the cell does and NIR has no word for; a mechanism that is there at 0 does nothing."""
     lost = []
-    if (np.asarray(params.refract_time).astype(dt.dtype) > dt).any():
+    if (_wide(params.refract_time).astype(dt.dtype) > dt).any():
         lost.append("refract_time > dt")
         if params.sticky_spikes:
             lost.append("sticky_spikes")
@@ -166,7 +166,7 @@ def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> 
 
 
 def _surrogate_metadata(surrogate: Surrogate) -> dict[str, Any]:
-    numbers = {name: np.asarray(x) for name, x in surrogate.numbers.items()}
+    numbers = {name: np.asarray(jax.device_get(x)) for name, x in surrogate.numbers.items()}
     default = {name: np.asarray(x) for name, x in secant().numbers.items()}
     static = surrogate.replace(numbers={}) == secant().replace(numbers={})
     if static and all(np.all(x == default[name].astype(x.dtype)) for name, x in numbers.items()):

@@ -6,6 +6,7 @@ Nothing but the Axes is touched: no style, no global setting, no window. Colours
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -72,11 +73,11 @@ def raster(
         if spikes is None:
             raise ValueError(f"recorded: expected 's' or 's_packed' among the records, got {', '.join(recorded)}")
         if "s" not in recorded:
-            spikes = np.unpackbits(np.asarray(spikes), axis=-1, count=n_units, bitorder="little")
+            spikes = np.unpackbits(np.asarray(jax.device_get(spikes)), axis=-1, count=n_units, bitorder="little")
     else:
         spikes = recorded
     s = _series("recorded", spikes, row) != 0
-    dt, t0 = _clock(dt, t0)
+    dt, t0 = _number("dt", dt), _number("t0", t0)
     n_steps, n = s.shape
     ax = _figure(1, (7, 3))[0] if ax is None else ax
     steps, units = np.nonzero(s)
@@ -139,7 +140,7 @@ def traces(
         raise ValueError(f"recorded: expected one shape [T, N], got {', '.join(map(str, sorted(shapes)))}")
     ((n_steps, n),) = shapes
     chosen = _units(units, n)
-    dt, t0 = _clock(dt, t0)
+    dt, t0 = _number("dt", dt), _number("t0", t0)
     t = t0 + np.arange(n_steps) * dt
     n_panels = len(chosen) + ("j" in known)
     axes = _figure(n_panels, (7, 1 + 1.1 * n_panels)) if ax is None else _panels(ax, n_panels)
@@ -242,12 +243,12 @@ def _refractory(params: SLIFParams | None, rfr: np.ndarray | None) -> np.ndarray
     """Whether a unit was refractory at each step, by the clock that the step before left."""
     if params is None or rfr is None:
         return None
-    blocked = rfr < np.asarray(_check.params(params).refract_time, rfr.dtype)
+    blocked = rfr < np.asarray(jax.device_get(_check.params(params).refract_time), rfr.dtype)
     return np.concatenate([np.zeros_like(blocked[:1]), blocked[:-1]])
 
 
 def _series(name: str, value: Any, row: int | tuple[int, ...] | None) -> np.ndarray:
-    array = np.asarray(value)
+    array = np.asarray(jax.device_get(value))
     if not (_check.is_real(array.dtype) or array.dtype == bool):
         raise TypeError(f"{name}: expected numbers, got dtype {array.dtype}")
     if row is not None:
@@ -274,8 +275,11 @@ def _units(units: int | Sequence[int] | None, n: int) -> list[int]:
     return chosen
 
 
-def _clock(dt: float, t0: float) -> tuple[float, float]:
-    return float(_check.scalar("dt", dt, np.float64)), float(_check.scalar("t0", t0, np.float64))
+def _number(name: str, value: float) -> float:
+    array = np.asarray(jax.device_get(_check.real(name, value)))
+    if array.ndim != 0:
+        raise ValueError(f"{name}: expected a scalar, got shape {array.shape}")
+    return float(array)
 
 
 def _figure(n: int, size: tuple[float, float]) -> list[Axes]:

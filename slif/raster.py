@@ -58,4 +58,6 @@ def unpack_spikes(packed: Array, n_units: int) -> Array:
         raise TypeError(f"packed: expected dtype uint8, got {packed.dtype}")
     if packed.shape[-1] != -(-n_units // 8):
         raise ValueError(f"packed: expected {-(-n_units // 8)} bytes for {n_units} units, got shape {packed.shape}")
+    if packed.size == 0:  # unpackbits divides by its size
+        return jnp.zeros((*packed.shape[:-1], n_units), bool)
     return jnp.unpackbits(packed, axis=-1, count=n_units, bitorder="little").astype(bool)

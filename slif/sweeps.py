@@ -48,7 +48,8 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
     for name, x in values.items():
         if x.ndim != 1 or x.size == 0:
             raise ValueError(f"{name}: expected shape [n], n >= 1, got shape {x.shape}")
-    values = {name: _check.put(x, jax.dtypes.canonicalize_dtype(x.dtype)) for name, x in values.items()}
+    dtypes = {name: jax.dtypes.canonicalize_dtype(x.dtype) for name, x in values.items()}
+    values = {name: _check.put(_check.real(name, x, dtypes[name]), dtypes[name]) for name, x in values.items()}
     points = jnp.meshgrid(*values.values(), indexing="ij")
     return {name: x.reshape(-1) for name, x in zip(values, points, strict=True)}
 
@@ -139,7 +140,8 @@ def sweep(
     options = {"record": record, "spike_dtype": spike_dtype, "implementation": implementation}
     if isinstance(record, list | set | frozenset):
         options["record"] = tuple(sorted(record))
-    run = functools.partial(_sweep, shared=shared, batch_size=batch_size, options=tuple(options.items()))
+    side_by_side = None if 0 in shape else batch_size  # lax.map divides by the size of what it returns
+    run = functools.partial(_sweep, shared=shared, batch_size=side_by_side, options=tuple(options.items()))
     if progress is None:
         return run((points, states))
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((points, states, shared))):
@@ -209,7 +211,7 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
         if name == "currents":
             points[name] = _check.current("currents", value, (None,) * max(np.ndim(value), 1))
             continue
-        array, n_units = _check.real(name, value), params.n_units
+        array, n_units = _check.real(name, value, params.thr.dtype), params.n_units
         expected = ((None,), (None, n_units)) if name in UNITS else ((None,),)
         expected = ((None, n_units, n_units),) if name == "inh_weights" else expected
         if not any(_check.fits(array.shape, shape) for shape in expected):
