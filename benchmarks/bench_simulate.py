@@ -107,6 +107,8 @@ def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: li
     for name in names if mechanism in COMPARED else []:
         if name == "ngclearn":
             runs[name] = peers.ngclearn_forward(currents, **arguments)
+        elif name == "spyx":
+            runs[name] = peers.spyx_forward(currents)
         else:
             runs[name] = peers.torch_forward(name, currents)
     check(runs, mechanism)
@@ -155,7 +157,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     width = 0.86 / len(names)
-    colours = ["#08519c", "#4292c6", "#969696", "#d94801", "#fd8d3c", "#fdbe85", "#feedde"]
+    colours = ["#08519c", "#4292c6", "#969696", "#a63603", "#e6550d", "#fd8d3c", "#fdbe85", "#feedde"]
     for k, name in enumerate(names):
         speed = {row["shape"]: row["G_updates_s"] for row in rows if row["name"] == name}
         at = [n + (k - (len(names) - 1) / 2) * width for n, shape in enumerate(shapes) if shape in speed]
@@ -237,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--png", metavar="FILE", help="draw them there")
     parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
     parser.add_argument("--shapes", type=shape_of, nargs="+", default=list(SHAPES), metavar="T,B,N")
-    everyone = ["ngclearn", *peers.TORCH]
+    everyone = ["ngclearn", "spyx", *peers.TORCH]
     parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
     options = parser.parse_args(arguments)
 

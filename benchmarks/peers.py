@@ -1,7 +1,8 @@
 """Rasters of other packages' cells, for those that are installed: functions of currents [T, B, N].
 
-All but Norse, whose synapse filters the current once more, run the same equations: forward Euler, spike above a fixed
-threshold, reset to 0. None but ngc-learn's cell has a refractory period or adapts.
+All but two run the same equations: forward Euler, spike above a fixed threshold, reset to 0. Norse's synapse filters
+the current once more, and spyx subtracts the threshold, a step after the spike. None but ngc-learn's cell has a
+refractory period or adapts.
 """
 
 import functools
@@ -129,3 +130,17 @@ def ngclearn_forward(currents: np.ndarray, **mechanism: Any) -> Callable:
 
     forward = functools.partial(run, state, jnp.asarray(currents))
     return lambda: forward()[1]
+
+
+def spyx_forward(currents: np.ndarray) -> Callable:
+    """Its own scan over its cell, which carries the voltage alone, under one jit."""
+    nnx, nn = importlib.import_module("flax.nnx"), importlib.import_module("spyx.nn")
+    cell = nn.LIF(currents.shape[2:], 1 - cases.DT / cases.TAU_M, cases.THR, rngs=nnx.Rngs(0))
+    graph, values = nnx.split(cell)
+
+    @jax.jit
+    def run(values, currents):
+        return nn.run(nnx.merge(graph, values), currents * (cases.DT / cases.TAU_M))
+
+    forward = functools.partial(run, values, jnp.asarray(currents))
+    return lambda: forward()[0]

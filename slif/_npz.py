@@ -38,6 +38,8 @@ def decoded(path: str, decode: Callable[[IO[bytes]], T]) -> T:
             if error.errno != errno.EINVAL:  # a damaged offset, before the start of the file
                 raise
             raise ValueError(f"{path}: damaged: {error}") from error
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path}: damaged, or no npz file: {error}") from error
         except Exception as error:  # zipfile and NumPy raise a dozen kinds for damaged files
             raise ValueError(f"{path}: {error or type(error).__name__}") from error
 

@@ -75,7 +75,8 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
         **{name: getattr(params, name) for name in FLAGS},
         "dtypes": {name: array.dtype.name for name, array in arrays.items()},
     }
-    _npz.write(os.fspath(path), {"meta": np.array(json.dumps(meta))} | {name: _native(x) for name, x in arrays.items()})
+    natives = {name: _native(x) for name, x in arrays.items()}
+    _npz.write(os.fsdecode(path), {"meta": np.array(json.dumps(meta)), **natives})
 
 
 def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
@@ -107,7 +108,7 @@ def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
         >>> params.n_units, state.v.shape
         (3, (2, 3))
     """
-    return _npz.decoded(os.fspath(path), _decode)
+    return _npz.decoded(os.fsdecode(path), _decode)
 
 
 def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFParams, state: SLIFState) -> None:
@@ -270,7 +271,7 @@ def _native(array: np.ndarray) -> np.ndarray:
 def _ngclearn_file(directory: str | os.PathLike[str], name: str) -> str:
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: expected the name of a cell, got {name!r}")
-    return os.path.join(os.fspath(directory), f"{name}.npz")
+    return os.path.join(os.fsdecode(directory), f"{name}.npz")
 
 
 def _decode(file: IO[bytes]) -> tuple[SLIFParams, SLIFState]:

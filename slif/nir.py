@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from slif import _check
-from slif.checkpoint import kind_of, named
+from slif.checkpoint import FLAGS, kind_of, named
 from slif.surrogate import Surrogate, secant
 from slif.types import SLIFParams
 
@@ -20,7 +20,6 @@ except ImportError as error:
 __all__ = ["from_nir", "to_nir"]
 
 MECHANISMS = ("thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights")
-FLAGS = ("sticky_spikes", "thr_persist")
 
 
 def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF:

@@ -53,7 +53,7 @@ def test_every_bit_comes_back(mechanism, dtype, path):
         params = make_params(mechanism, dtype=dtype)
         state = make_state(params)
         checkpoint.save(path, params, state)
-        loaded = checkpoint.load(str(path))
+        loaded = checkpoint.load(os.fsencode(path))
         assert bits(loaded) == bits((params, state))
         assert os.listdir(path.parent) == [path.name]
         with np.load(path, allow_pickle=False) as arrays:
