@@ -1,38 +1,37 @@
-"""Checkpoints: parameters and state in one npz file without pickle, and the files and cells of ngc-learn.
+"""Checkpoints: parameters and state in one file without pickle, and the files and cells of ngc-learn.
 
 A file is written beside its name and then renamed, so that a kill at any moment leaves the old or the new one whole.
 """
 
-import dataclasses
-import json
+import contextlib
+import glob
+import hashlib
+import io
 import math
 import os
+import secrets
+from collections.abc import Iterator
 from typing import IO, Any
 
 import jax
 import numpy as np
+from flax import serialization
 
-from slif import _check, _npz
+from slif import _check
 from slif import surrogate as surrogates
-from slif.surrogate import Surrogate
 from slif.types import SLIFParams, SLIFState
 
 __all__ = ["from_ngclearn", "load", "load_ngclearn", "save", "save_ngclearn"]
 
-VERSION = 1
+MAGIC = b"slif checkpoint 1\n"  # the number is that of the schema
 FLAGS = ("sticky_spikes", "thr_persist")
 KINDS = {
     "secant": surrogates.secant(),
     "secant_squared": surrogates.secant(squared=True),
     "secant_scaled": surrogates.secant(scaled=True),
     "secant_squared_scaled": surrogates.secant(squared=True, scaled=True),
-    "fast_sigmoid": surrogates.fast_sigmoid(),
-    "sigmoid": surrogates.sigmoid(),
-    "arctan": surrogates.arctan(),
-    "triangular": surrogates.triangular(),
-    "boxcar": surrogates.boxcar(),
-    "gaussian": surrogates.gaussian(),
-    "straight_through": surrogates.straight_through(),
+    **{name: getattr(surrogates, name)() for name in ("fast_sigmoid", "sigmoid", "arctan", "triangular", "boxcar")},
+    **{name: getattr(surrogates, name)() for name in ("gaussian", "straight_through")},
 }
 
 
@@ -42,7 +41,8 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
         load(path) = (params, state)   after   save(path, params, state)
 
     Args:
-        path: the file, under exactly this name; what it held before is replaced as a whole or not at all.
+        path: the file, under exactly this name; what it held before is replaced as a whole or not at all. What
+            killed saves left beside it goes with the first save an hour later.
         params: the parameters. A surrogate made by `custom` holds a function and cannot be saved: give params another
             one for the file, and put yours back with `params.replace(surrogate=...)` after `load`.
         state: the state, fields [..., N].
@@ -52,31 +52,25 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
         ValueError: a shape does not fit, or the surrogate cannot be saved.
         OSError: the file cannot be written.
 
-    Source: NumPy's npz format; entries are named "params.tau_m", "state.v" and so on.
+    Source: the msgpack format of `flax.serialization`, after a line that names the schema and a SHA-256 digest.
 
     Example:
-        >>> import tempfile, pathlib, jax, slif
+        >>> import tempfile, jax, slif
         >>> params = slif.init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4)
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "cell.npz"
+        >>> path = f"{tempfile.mkdtemp()}/cell.slif"
         >>> save(path, params, slif.init_state(params))
         >>> load(path)[1].v
         Array([0., 0., 0.], dtype=float32)
     """
     params = _check.params(params)
     state = _check.state(params, state)
-    leaves = {f"params.{name}": x for name, x in _fields(params) if name not in ("surrogate", *FLAGS)}
-    leaves |= {f"surrogate.{name}": x for name, x in params.surrogate.numbers.items()}
-    leaves |= {f"state.{name}": x for name, x in _fields(state)}
-    arrays = {name: np.asarray(jax.device_get(x), order="C") for name, x in leaves.items() if x is not None}
-    meta = {
-        "slif": VERSION,
-        "surrogate": kind_of(params.surrogate),
-        "detach_reset": params.surrogate.detach_reset,
-        **{name: getattr(params, name) for name in FLAGS},
-        "dtypes": {name: array.dtype.name for name, array in arrays.items()},
-    }
-    natives = {name: _native(x) for name, x in arrays.items()}
-    _npz.write(os.fsdecode(path), {"meta": np.array(json.dumps(meta)), **natives})
+    params, state = jax.device_get((params, state))
+    static = {"kind": kind_of(params.surrogate), "detach_reset": params.surrogate.detach_reset}
+    static |= {name: getattr(params, name) for name in FLAGS}
+    params = params.replace(surrogate=params.surrogate.numbers)
+    body = serialization.to_bytes({"params": params, "state": state, **static})
+    with _replacing(os.fsdecode(path)) as file:
+        file.writelines([MAGIC, hashlib.sha256(body).digest(), body])
 
 
 def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
@@ -84,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
 
         load(path) = (params, state)   after   save(path, params, state)
 
-    Nothing in the file is trusted: sizes are checked before anything is read into memory, and no code of it is run.
+    Nothing in the file is trusted: its digest is checked before any of it is parsed, and no code of it is run.
 
     Args:
         path: the file.
@@ -93,22 +87,29 @@ def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
         The parameters and the state.
 
     Raises:
-        ValueError: the file is truncated, damaged, of another kind, holds pickles, is larger than it should be, is of
-            another schema version, its shapes do not fit each other, or it holds float64 and JAX is not set to.
+        ValueError: the file is not what `save` wrote, to the byte; is of another schema version; its shapes do not fit
+            each other; or it holds float64 and JAX is not set to.
         OSError: the file cannot be read.
 
-    Source: NumPy's npz format; entries are named "params.tau_m", "state.v" and so on.
+    Source: the msgpack format of `flax.serialization`, after a line that names the schema and a SHA-256 digest.
 
     Example:
-        >>> import tempfile, pathlib, jax, slif
+        >>> import tempfile, jax, slif
         >>> params = slif.init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4)
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "cell.npz"
+        >>> path = f"{tempfile.mkdtemp()}/cell.slif"
         >>> save(path, params, slif.init_state(params, 2))
-        >>> params, state = load(path)
-        >>> params.n_units, state.v.shape
-        (3, (2, 3))
+        >>> load(path)[1].v.shape
+        (2, 3)
     """
-    return _npz.decoded(os.fsdecode(path), _decode)
+    with _reading(os.fsdecode(path)) as file:
+        start = file.read(len(MAGIC))
+        if start != MAGIC:
+            raise ValueError(f"expected a file that begins with {MAGIC!r}, got {start!r}")
+        digest, body = file.read(32), file.read()
+        if hashlib.sha256(body).digest() != digest:
+            raise ValueError("damaged: expected the bytes that were saved, got others")
+        entries: Any = serialization.msgpack_restore(body)
+        return _restored(**entries)
 
 
 def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFParams, state: SLIFState) -> None:
@@ -130,11 +131,11 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
     Source: ngc-learn's `SLIFCell.save`.
 
     Example:
-        >>> import tempfile, pathlib, jax, slif
+        >>> import tempfile, jax, slif
         >>> params = slif.init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4)
         >>> folder = tempfile.mkdtemp()
         >>> save_ngclearn(folder, "z1", params, slif.init_state(params))
-        >>> np.load(pathlib.Path(folder) / "z1.npz")["threshold"].shape
+        >>> np.load(f"{folder}/z1.npz")["threshold"].shape
         (1, 3)
     """
     params = _check.params(params)
@@ -142,7 +143,8 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
     thr = np.asarray(jax.device_get(state.thr if params.thr_persist else params.thr))
     # ngc-learn holds float32 and has no other 16-bit type than NumPy's.
     thr = thr.astype(np.promote_types(thr.dtype, np.float32)).reshape(-1, params.n_units)
-    _npz.write(_ngclearn_file(directory, name), {"threshold": thr})
+    with _replacing(_ngclearn_file(directory, name)) as file:
+        np.savez(file, threshold=thr)
 
 
 def load_ngclearn(
@@ -172,27 +174,22 @@ def load_ngclearn(
         >>> import tempfile, jax, slif
         >>> folder = tempfile.mkdtemp()
         >>> params = slif.init_params(jax.random.key(0), 3, tau_m=20.0, resist_m=1.0, thr=0.4)
-        >>> save_ngclearn(folder, "z1", params, slif.init_state(params))
-        >>> other = slif.init_params(jax.random.key(1), 3, tau_m=20.0, resist_m=1.0, thr=0.4)
-        >>> other, state = load_ngclearn(folder, "z1", other, slif.init_state(other))
-        >>> bool((other.thr == params.thr).all() and (state.thr == params.thr).all())
+        >>> save_ngclearn(folder, "z1", params.replace(thr=params.thr + 1), slif.init_state(params))
+        >>> loaded, state = load_ngclearn(folder, "z1", params, slif.init_state(params))
+        >>> bool((loaded.thr == params.thr + 1).all() and (state.thr == params.thr + 1).all())
         True
     """
     params = _check.params(params)
     state = _check.state(params, state)
     shape = state.v.shape
-    rows = math.prod(shape[:-1])
-
-    def decode(file: IO[bytes]) -> np.ndarray:
-        thr = _npz.read(file, "threshold", only=False)["threshold"]
-        if not _check.is_real(thr.dtype):
-            raise ValueError(f"threshold: expected real numbers, got dtype {thr.dtype}")
-        if thr.shape not in ((1, params.n_units), (rows, params.n_units)):
-            expected = f"(1, {params.n_units}) or {(rows, params.n_units)}"
-            raise ValueError(f"threshold: expected shape {expected}, got shape {thr.shape}")
-        return thr
-
-    thr = _npz.decoded(_ngclearn_file(directory, name), decode).astype(params.thr.dtype)
+    shapes = ((1, params.n_units), (math.prod(shape[:-1]), params.n_units))
+    with _reading(_ngclearn_file(directory, name)) as file:
+        # From memory, so that a damaged offset is no failure of the system to seek.
+        thr = np.load(io.BytesIO(file.read()), allow_pickle=False)["threshold"]
+        if not _check.is_real(thr.dtype) or thr.shape not in shapes:
+            expected = f"real numbers of shape {shapes[0]} or {shapes[1]}"
+            raise ValueError(f"threshold: expected {expected}, got {thr.dtype} of shape {thr.shape}")
+    thr = thr.astype(params.thr.dtype)
     base = thr[0] if len(thr) == 1 else thr.reshape(shape)
     now = np.array(np.broadcast_to(base, shape))
     return params.replace(thr=jax.device_put(base)), state.replace(thr=jax.device_put(now))
@@ -229,23 +226,22 @@ def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
         return jax.device_put(np.array(jax.device_get(value), np.float32))
 
     base = np.asarray(jax.device_get(cell.threshold0))
-    leaves = {"tau_m": cell.tau_m, "resist_m": cell.R_m, "refract_time": cell.refract_T}
+    leaves = {"thr_gain": cell.thrGain, "thr_leak": cell.thrLeak, "rho_b": cell.rho_b, "resist_inh": cell.inh_R}
+    leaves = {name: value for name, value in leaves.items() if value != 0}
+    leaves |= {"tau_m": cell.tau_m, "resist_m": cell.R_m, "refract_time": cell.refract_T}
     leaves["thr"] = base[0] if len(base) == 1 else base
-    mechanisms = {"thr_gain": cell.thrGain, "thr_leak": cell.thrLeak, "rho_b": cell.rho_b, "resist_inh": cell.inh_R}
-    leaves |= {name: value for name, value in mechanisms.items() if value != 0}
     if "resist_inh" in leaves:
         leaves["inh_weights"] = np.asarray(jax.device_get(cell.inh_weights))
         if np.diagonal(leaves["inh_weights"]).any():
             raise ValueError("cell: expected inh_weights with a zero diagonal, got a unit that inhibits itself")
     flags: Any = {name: bool(getattr(cell, name)) for name in FLAGS}
-    params = SLIFParams(**{name: put(x) for name, x in leaves.items()}, surrogate=surrogates.secant(), **flags)
-    params = _check.params(params)
+    params = _check.params(SLIFParams(**{name: put(x) for name, x in leaves.items()}, **flags))
     shape = np.shape(cell.v.get())
     fields = {name: put(np.broadcast_to(jax.device_get(getattr(cell, name).get()), shape)) for name in _check.FIELDS}
     return params, _check.state(params, SLIFState(**fields))
 
 
-def kind_of(surrogate: Surrogate) -> str:
+def kind_of(surrogate: surrogates.Surrogate) -> str:
     """The name in `KINDS` under which `named` makes this surrogate again."""
     for kind, known in KINDS.items():
         if (known.slope, known.wrt, known.numbers.keys()) == (surrogate.slope, surrogate.wrt, surrogate.numbers.keys()):
@@ -253,19 +249,10 @@ def kind_of(surrogate: Surrogate) -> str:
     raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}; got a custom one, which cannot be saved")
 
 
-def named(kind: Any, numbers: dict[str, Any], detach_reset: Any) -> Surrogate:
+def named(kind: Any, numbers: dict[str, Any], detach_reset: Any) -> surrogates.Surrogate:
     if not isinstance(kind, str) or kind not in KINDS or numbers.keys() != KINDS[kind].numbers.keys():
         raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}, got {kind!r} with numbers {[*numbers]}")
     return KINDS[kind].replace(numbers=numbers, detach_reset=_check.flag("detach_reset", detach_reset))
-
-
-def _fields(tree: Any) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
-
-
-def _native(array: np.ndarray) -> np.ndarray:
-    """The array in a dtype that NumPy's format knows: bfloat16 and its like as their bits."""
-    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
 
 
 def _ngclearn_file(directory: str | os.PathLike[str], name: str) -> str:
@@ -274,31 +261,49 @@ def _ngclearn_file(directory: str | os.PathLike[str], name: str) -> str:
     return os.path.join(os.fsdecode(directory), f"{name}.npz")
 
 
-def _decode(file: IO[bytes]) -> tuple[SLIFParams, SLIFState]:
-    text = _npz.read(file, "meta", only=False)["meta"]
-    if text.shape != () or text.dtype.kind != "U":
-        raise ValueError("meta: expected a string")
-    meta = json.loads(str(text))
-    if not isinstance(meta, dict) or "slif" not in meta:
-        raise ValueError("expected a checkpoint of slif, got another kind of file")
-    if meta["slif"] != VERSION:
-        raise ValueError(f"expected schema version {VERSION}, got {meta['slif']!r}; another release of slif wrote it")
-    arrays = _npz.read(file, "meta", *meta["dtypes"])
-    trees: dict[str, dict[str, Any]] = {"params": {}, "surrogate": {}, "state": {}}
-    for name, dtype in meta["dtypes"].items():
-        tree, _, leaf = name.partition(".")
-        if tree not in trees:
-            raise ValueError(f"expected entries of params, surrogate and state, got {name}")
-        trees[tree][leaf] = _restored(name, arrays[name], np.dtype(dtype))
-    flags: Any = {name: _check.flag(name, meta[name]) for name in FLAGS}
-    surrogate = named(meta["surrogate"], trees["surrogate"], meta["detach_reset"])
-    params = _check.params(SLIFParams(**trees["params"], **flags, surrogate=surrogate))
-    return params, _check.state(params, SLIFState(**trees["state"]))
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file beside `path` that takes its place once it is whole."""
+    path = os.path.realpath(path)  # through a link, which would be replaced itself
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        # What killed saves left goes by age: a process id says nothing on another host, and comes again in a container
+        # started anew. The file system dates both. A live save that is hit, an hour long, fails and harms nothing.
+        for left in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 16}.tmp"):
+            with contextlib.suppress(OSError):
+                if os.stat(left).st_mtime < os.stat(path).st_mtime - 3600:
+                    os.remove(left)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
-def _restored(name: str, array: np.ndarray, dtype: np.dtype) -> jax.Array:
-    if not _check.is_real(dtype) or _native(np.empty(0, dtype)).dtype != array.dtype:
-        raise ValueError(f"{name}: expected dtype {dtype}, got {array.dtype}")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{name}: expected jax_enable_x64 to be set, since the file holds {dtype}")
-    return jax.device_put(array.view(dtype))
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[IO[bytes]]:
+    """The file, for a block whose every error over what is in it becomes a ValueError that names it."""
+    with open(path, "rb") as file:
+        try:
+            yield file
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno:  # of the system; decompressors raise it without a number
+                raise
+            raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+def _restored(
+    params: Any, state: Any, kind: Any, detach_reset: Any, sticky_spikes: Any, thr_persist: Any
+) -> tuple[SLIFParams, SLIFState]:
+    """What `save` was given, from the entries of its file; one more or less is a TypeError."""
+    dtypes = {x.dtype for x in jax.tree.leaves((params, state))}
+    if wide := [dtype.name for dtype in dtypes if jax.dtypes.canonicalize_dtype(dtype) != dtype]:
+        raise ValueError(f"expected jax_enable_x64 to be set, since the file holds {', '.join(wide)}")
+    params, state = jax.device_put((params, state))
+    surrogate = named(kind, params.pop("surrogate"), detach_reset)
+    flags: Any = {"sticky_spikes": sticky_spikes, "thr_persist": thr_persist}
+    params = _check.params(SLIFParams(**params, **flags, surrogate=surrogate))
+    return params, _check.state(params, SLIFState(**state))

@@ -1,6 +1,7 @@
 """Checkpoints: every bit comes back, whatever else is in a file is refused, and ngc-learn reads and writes the same."""
 
 import contextlib
+import hashlib
 import io
 import itertools
 import os
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import zipfile
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 from conftest import DT, FIELDS, MECHANISMS, N_UNITS, assert_same, enable_x64, make_currents, make_params
+from flax import serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,9 +58,6 @@ def test_every_bit_comes_back(mechanism, dtype, path):
         loaded = checkpoint.load(os.fsencode(path))
         assert bits(loaded) == bits((params, state))
         assert os.listdir(path.parent) == [path.name]
-        with np.load(path, allow_pickle=False) as arrays:
-            assert {"params.thr", "state.v", "meta"} <= set(arrays)
-            assert all(arrays[name].dtype.kind in "fuU" for name in arrays)
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -108,6 +107,17 @@ def test_float64_without_x64(path):
         checkpoint.save(path, params, slif.init_state(params))
     with pytest.raises(ValueError, match="jax_enable_x64"):
         checkpoint.load(path)
+
+
+def test_arrays_of_several_chunks_come_back(path, monkeypatch):
+    """Flax cuts an array of more than a gigabyte, which the format cannot hold, into chunks."""
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 64)
+    for dtype in ("float32", "bfloat16"):
+        params = make_params("everything", dtype=dtype)
+        state = make_state(params)
+        checkpoint.save(path, params, state)
+        assert b"__msgpack_chunked_array__" in path.read_bytes()
+        assert bits(checkpoint.load(path)) == bits((params, state))
 
 
 def test_it_is_saved_through_a_link(path, tmp_path):
@@ -179,26 +189,87 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(path):
         values = np.unique(np.concatenate([np.ravel(x) for x in jax.tree.leaves(state)]))
         assert len(values) == 1
         assert values[0] - int(told[-1] if told else 0) in (0, 1)
+    for left in path.parent.glob("*.tmp"):
+        os.utime(left, (0, 0))
+    checkpoint.save(path, *checkpoint.load(path))
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_killed_saves_left_is_removed(link, tmp_path):
+    path, params = tmp_path / "cell[0-9]*.slif", make_params()
+    saved = path
+    if link:
+        saved = tmp_path / "link"
+        saved.symlink_to(path)
+    old, hour = "0123456789abcdef", time.time() - 3600
+    kept = {saved.name, path.name}
+    for name, age, stays in [
+        (f"{path.name}.{old}.tmp", hour - 60, False),
+        (f"{path.name}.{old[::-1]}.tmp", 0, False),
+        (f"{path.name}.{'1' * 16}.tmp", hour + 60, True),  # perhaps of a save that is still going on
+        (f"{path.name}.{old}", 0, True),
+        (f"{path.name}.old.tmp", 0, True),
+        (f"{path.name}.more.{old}.tmp", 0, True),
+        (f"cell7.slif.{old}.tmp", 0, True),
+        (f"{old}.tmp", 0, True),
+    ]:
+        (tmp_path / name).write_bytes(b"some")
+        os.utime(tmp_path / name, (age, age))
+        kept |= {name} if stays else set()
+    (tmp_path / f"{path.name}.{'f' * 16}.tmp").mkdir()  # nobody's file, so that it cannot be removed
+    os.utime(tmp_path / f"{path.name}.{'f' * 16}.tmp", (0, 0))
+    checkpoint.save(saved, params, slif.init_state(params))
+    assert {*os.listdir(tmp_path)} == kept | {f"{path.name}.{'f' * 16}.tmp"}
+    assert bits(checkpoint.load(saved)[0]) == bits(params)
+
+
+def test_a_save_that_stood_still_for_an_hour_fails_and_harms_nothing(path, monkeypatch):
+    params = make_params()
+    state = slif.init_state(params)
+
+    def stand_still(_):
+        monkeypatch.undo()
+        os.utime(*path.parent.glob("*.tmp"), (0, 0))
+        checkpoint.save(path, params, state.replace(v=state.v + 1))
+
+    monkeypatch.setattr(os, "fsync", stand_still)
+    with pytest.raises(FileNotFoundError):
+        checkpoint.save(path, params, state)
+    assert bits(checkpoint.load(path)) == bits((params, state.replace(v=state.v + 1)))
+    assert os.listdir(path.parent) == [path.name]
 
 
 # --- what is no checkpoint is refused ---
 
 
-def entries(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+MAGIC = b"slif checkpoint 1\n"
 
 
-def write(path, contents, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
+def sealed(body):
+    """A file that is whole, whatever its body."""
+    return MAGIC + hashlib.sha256(body).digest() + body
+
+
+def body_of(path):
+    return path.read_bytes()[len(MAGIC) + 32 :]
 
 
 def npy(array, **arguments):
     file = io.BytesIO()
     np.save(file, array, **arguments)
     return file.getvalue()
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was executed",)
 
 
 @contextlib.contextmanager
@@ -211,88 +282,128 @@ def in_little_memory():
         tracemalloc.stop()
 
 
-def announce(shape):
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": "<f4"})
-    return file.getvalue()
+def entry(*names, value):
+    """Another value of one entry; the whole file is changed so, and is whole again."""
 
-
-def meta(**changes):
-    def change(contents):
-        text = str(np.load(io.BytesIO(contents["meta.npy"])))
-        for old, new in changes.items():
-            assert f'"{old}": ' in text
-            head, _, tail = text.partition(f'"{old}": ')
-            text = f'{head}"{old}": {new}, "was {old}": {tail}'
-        return contents | {"meta.npy": npy(np.array(text))}
+    def change(tree):
+        inner = tree
+        for name in names[:-1]:
+            inner = inner[name]
+        inner[names[-1]] = value
+        if value is None:
+            del inner[names[-1]]
+        return serialization.msgpack_serialize(tree)
 
     return change
 
 
-THR = "params.thr.npy"
+def thr(shape, dtype="float32", content=bytes(4 * N_UNITS)):
+    """The thresholds as an array that is announced so."""
+    return entry("params", "thr", value=msgpack.ExtType(1, msgpack.packb((shape, dtype, content))))
+
+
+def body(content):
+    return lambda _: content
+
+
+CHUNKS = {"__msgpack_chunked_array__": True, "shape": {"0": 2**40}, "chunks": {"0": np.ones(N_UNITS, np.float32)}}
 DAMAGED = {
-    "wrong shape": (lambda c: c | {THR: npy(np.ones(N_UNITS + 1, np.float32))}, "expected"),
-    "wrong rank": (lambda c: c | {"state.v.npy": npy(np.ones(N_UNITS, np.float32))}, "state"),
-    "wrong dtype": (lambda c: c | {THR: npy(np.ones(N_UNITS))}, "params.thr: expected dtype float32, got float64"),
-    "complex": (lambda c: c | {THR: npy(np.ones(N_UNITS, complex))}, "params.thr: expected dtype float32"),
-    "pickle": (lambda c: c | {THR: npy(np.array([object()]), allow_pickle=True)}, "pickled"),
-    "gigantic": (lambda c: c | {THR: announce((2**40,))}, "expected the bytes of shape"),
-    "overflow": (lambda c: c | {THR: announce((2**62, 4))}, "expected the bytes of shape"),
-    "negative": (lambda c: c | {THR: announce((-1, -N_UNITS)) + bytes(4 * N_UNITS)}, "."),
-    "long header": (lambda c: c | {THR: announce((1,) * 20_000)}, "Header"),
-    "too long": (lambda c: c | {THR: c[THR] + b"0"}, "expected the bytes of shape"),
-    "too short": (lambda c: c | {THR: c[THR][:-1]}, "expected the bytes of shape"),
-    "no array": (lambda c: c | {THR: b"something else"}, "."),
-    "missing": (lambda c: {name: x for name, x in c.items() if name != THR}, "params.thr"),
-    "one more": (lambda c: c | {"more.npy": npy(np.ones(3))}, "more"),
-    "version": (meta(slif=2), "schema version 1, got 2"),
-    "no version": (lambda c: c | {"meta.npy": npy(np.array("{}"))}, "checkpoint of slif"),
-    "no json": (lambda c: c | {"meta.npy": npy(np.array("{"))}, "."),
-    "no text": (lambda c: c | {"meta.npy": npy(np.ones(2))}, "meta"),
-    "flag": (meta(sticky_spikes='"no"'), "sticky_spikes"),
-    "surrogate": (meta(surrogate='"arctan"'), "surrogate"),
-    "unknown surrogate": (meta(surrogate='["a"]'), "surrogate"),
-    "unknown dtype": (meta(dtypes='{"params.thr": "float99"}'), "."),
-    "text dtype": (meta(dtypes="7"), "."),
-    "reference": (lambda c: {"threshold.npy": npy(np.ones((1, 3), np.float32))}, "expected an entry meta"),
-    "empty": (lambda c: {}, "expected an entry meta"),
+    "wrong shape": (entry("params", "thr", value=np.ones(N_UNITS + 1, np.float32)), "state"),
+    "wrong rank": (entry("state", "v", value=np.ones(N_UNITS, np.float32)), "state"),
+    "shape of a scalar": (entry("params", "tau_m", value=np.ones(3, np.float32)), "tau_m"),
+    "wrong dtype": (entry("params", "thr", value=np.ones(N_UNITS, np.float16)), "expected the dtype of params"),
+    "dtype of one": (entry("state", "v", value=np.ones((2, N_UNITS), np.float16)), "state.v: expected the dtype"),
+    "float64": (entry("params", "thr", value=np.ones(N_UNITS)), "jax_enable_x64"),
+    "complex": (entry("params", "thr", value=np.ones(N_UNITS, np.complex64)), "thr: expected real numbers"),
+    "bool": (entry("params", "thr", value=np.ones(N_UNITS, bool)), "thr: expected real numbers"),
+    "no array": (entry("params", "thr", value="something else"), "."),
+    "a number": (entry("params", "tau_m", value=1.0), "."),
+    "gigantic": (thr((2**40,)), "."),
+    "overflow": (thr((2**62, 4)), "."),
+    "negative": (thr((-1, -N_UNITS)), "."),
+    "rank": (thr((1,) * 1000), "."),
+    "objects": (thr((N_UNITS,), "O"), "."),
+    "unknown dtype": (thr((N_UNITS,), "float99"), "."),
+    "text dtype": (thr((N_UNITS,), "U1"), "."),
+    "gigantic dtype": (thr((N_UNITS,), "V1000000000"), "."),
+    "pickled array": (thr((1,), "O", pickle.dumps(Bomb())), "."),
+    "array too long": (thr((N_UNITS,), content=bytes(4 * N_UNITS + 4)), "."),
+    "array too short": (thr((N_UNITS,), content=bytes(4 * N_UNITS - 1)), "."),
+    "gigantic chunks": (entry("params", "thr", value=CHUNKS), "."),
+    "missing": (entry("params", "thr", value=None), "thr"),
+    "missing field": (entry("state", "v", value=None), "'v'"),
+    "missing numbers": (entry("params", "surrogate", value=None), "surrogate"),
+    "missing flag": (entry("thr_persist", value=None), "thr_persist"),
+    "missing tree": (entry("state", value=None), "state"),
+    "one more": (entry("more", value=np.ones(3)), "more"),
+    "one more leaf": (entry("params", "more", value=np.ones(3, np.float32)), "more"),
+    "one more number": (entry("params", "surrogate", "more", value=np.ones((), np.float32)), "surrogate"),
+    "flag": (entry("sticky_spikes", value="no"), "sticky_spikes"),
+    "flag of the surrogate": (entry("detach_reset", value=1), "detach_reset"),
+    "surrogate": (entry("kind", value="arctan"), "surrogate"),
+    "unknown surrogate": (entry("kind", value=["a"]), "surrogate"),
+    "pickle": (body(pickle.dumps(Bomb())), "."),
+    "npz": (body(npz(thr=np.ones(3))), "."),
+    "number": (body(b"\x07"), "."),
+    "empty": (body(b""), "."),
+    "empty map": (body(b"\x80"), "missing"),
+    "deep": (body(b"\x91" * 100_000), "."),
+    "long text": (body(b"\xdb\xff\xff\xff\xff"), "."),
+    "long bytes": (body(b"\xc6\xff\xff\xff\xff"), "."),
+    "long list": (body(b"\xdd\xff\xff\xff\xff"), "."),
+    "long map": (body(b"\xdf\xff\xff\xff\xff"), "."),
+    "long array": (body(b"\xc9\xff\xff\xff\xff\x01"), "."),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_archive(kind, path):
+def test_a_whole_file_of_damaged_entries(kind, path):
     params = make_params()
     checkpoint.save(path, params, slif.init_state(params, 2))
     change, message = DAMAGED[kind]
-    write(path, change(entries(path)))
+    path.write_bytes(sealed(change(serialization.msgpack_restore(body_of(path)))))
     with in_little_memory(), pytest.raises(ValueError, match=message) as raised:
         checkpoint.load(path)
     assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"hello", pickle.dumps({"params": 1}), bytes(1000), npy(np.ones(3))])
+FOREIGN = [b"", b"PK", b"hello", bytes(1000), pickle.dumps(Bomb()), npy(np.ones(3)), npz(threshold=np.ones((1, 3)))]
+
+
+@pytest.mark.parametrize(
+    "content", [*FOREIGN, MAGIC[:-1], MAGIC, MAGIC + b"1", MAGIC + bytes(32), MAGIC + pickle.dumps(Bomb())]
+)
 def test_another_kind_of_file(content, path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=str(path)):
         checkpoint.load(path)
 
 
-def test_a_compressed_bomb(path):
+def test_another_version(path):
     params = make_params()
     checkpoint.save(path, params, slif.init_state(params))
-    write(path, entries(path) | {THR: announce((50_000_000,)) + bytes(200_000_000)}, zipfile.ZIP_DEFLATED)
-    with in_little_memory(), pytest.raises(ValueError, match="than it has"):
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 1", b"checkpoint 2", 1))
+    with pytest.raises(ValueError, match=r"slif checkpoint 1.*, got b'slif checkpoint 2"):
+        checkpoint.load(path)
+
+
+def test_a_large_file_of_another_kind(path):
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+    with in_little_memory(), pytest.raises(ValueError, match="begins with"):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_bytes_around_the_archive(where, path):
+def test_bytes_around_the_content(where, path):
     params = make_params()
     checkpoint.save(path, params, slif.init_state(params))
     content = path.read_bytes()
-    path.write_bytes(b"more" + content if where == "before" else content + b"more")
-    with pytest.raises(ValueError, match=str(path)):
-        checkpoint.load(path)
+    more = [b"more" + content] if where == "before" else [content + b"more", sealed(body_of(path) + b"more")]
+    for damaged in more:
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path)):
+            checkpoint.load(path)
 
 
 def test_the_file_system_speaks_for_itself(tmp_path):
@@ -307,28 +418,49 @@ def test_the_file_system_speaks_for_itself(tmp_path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A small checkpoint, its bytes and what it holds."""
-    path = tmp_path_factory.mktemp("whole") / "cell.npz"
+    path = tmp_path_factory.mktemp("whole") / "cell.slif"
     params = make_params("everything", n_units=2, dtype="bfloat16")
     state = make_state(params, 1)
     checkpoint.save(path, params, state)
     return path, path.read_bytes(), bits((params, state))
 
 
+def test_a_file_cut_anywhere_is_refused(whole):
+    path, content, _ = whole
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=str(path)):
+            checkpoint.load(path)
+
+
+def test_a_damaged_byte_anywhere_is_refused(whole):
+    path, content, expected = whole
+    for k, mask in enumerate(np.random.default_rng(0).integers(1, 256, len(content))):
+        damaged = bytearray(content)
+        damaged[k] ^= int(mask)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path)):
+            checkpoint.load(path)
+    path.write_bytes(content)
+    assert bits(checkpoint.load(path)) == expected
+
+
 @given(where=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255), cut=st.booleans())
 @settings(max_examples=400, derandomize=True, deadline=None, database=None)
-def test_a_damaged_byte_is_refused_or_harmless(whole, where, mask, cut):
-    path, content, expected = whole
-    damaged = bytearray(content)
+def test_a_damaged_byte_under_a_digest_of_its_own(whole, where, mask, cut):
+    """Someone who makes the digest fit gets a cell or an error, and no other kind of error."""
+    path, content, _ = whole
+    damaged = bytearray(content[len(MAGIC) + 32 :])
     k = int(where * len(damaged))
     if cut:
         del damaged[k:]
     else:
         damaged[k] ^= mask
-    path.write_bytes(damaged)
+    path.write_bytes(sealed(bytes(damaged)))
     loaded = None
-    with contextlib.suppress(ValueError):
+    with in_little_memory(), contextlib.suppress(ValueError):
         loaded = checkpoint.load(path)
-    assert loaded is None or (bits(loaded) == expected and not cut)
+    assert loaded is None or (isinstance(loaded[0], slif.SLIFParams) and not cut)
 
 
 # --- Orbax, as the README has it ---
@@ -430,12 +562,12 @@ def test_thresholds_come_back(thr_persist, batch_shape, dtype, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"threshold": np.ones((2, N_UNITS), np.float32)}, r"threshold: expected shape \(1, 11\) or \(3, 11\)"),
-        ({"threshold": np.ones((1, N_UNITS + 1), np.float32)}, "threshold: expected shape"),
-        ({"threshold": np.ones(N_UNITS, np.float32)}, "threshold: expected shape"),
+        ({"threshold": np.ones((2, N_UNITS), np.float32)}, r"threshold: expected .* shape \(1, 11\) or \(3, 11\)"),
+        ({"threshold": np.ones((1, N_UNITS + 1), np.float32)}, "threshold: expected real numbers of shape"),
+        ({"threshold": np.ones(N_UNITS, np.float32)}, "threshold: expected real numbers of shape"),
         ({"threshold": np.ones((1, N_UNITS), bool)}, "threshold: expected real numbers"),
-        ({"threshold": np.array([[None] * N_UNITS])}, "pickled"),
-        ({"weights": np.ones((1, N_UNITS))}, "expected an entry threshold, got weights"),
+        ({"threshold": np.array([[None] * N_UNITS])}, "allow_pickle=False"),
+        ({"weights": np.ones((1, N_UNITS))}, "threshold is not a file in the archive"),
     ],
 )
 def test_a_file_that_does_not_fit(content, message, tmp_path):
@@ -444,6 +576,35 @@ def test_a_file_that_does_not_fit(content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         checkpoint.load_ngclearn(tmp_path, "z1", params, slif.init_state(params, 3))
     assert "z1.npz" in str(raised.value)
+
+
+BZ2 = bytearray(npz(threshold=np.ones((1, N_UNITS), np.float32)))
+BZ2[BZ2.index(b"PK\1\2") + 10] = 12  # says that the entry is compressed so, which is an OSError to the decompressor
+
+
+@pytest.mark.parametrize("content", [*FOREIGN, npz(), BZ2])
+def test_another_kind_of_file_than_that_of_ngclearn(content, tmp_path):
+    (tmp_path / "z1.npz").write_bytes(content)
+    params = make_params()
+    with pytest.raises(ValueError, match=r"z1\.npz"):
+        checkpoint.load_ngclearn(tmp_path, "z1", params, slif.init_state(params, 3))
+
+
+def test_a_damaged_file_of_ngclearn(tmp_path):
+    """Cut anywhere it is refused; a byte that is changed is refused or harmless."""
+    params = make_params()
+    state = slif.init_state(params)
+    checkpoint.save_ngclearn(tmp_path, "z1", params, state)
+    content = (tmp_path / "z1.npz").read_bytes()
+    for k, mask in enumerate(np.random.default_rng(0).integers(1, 256, len(content))):
+        damaged = bytearray(content)
+        damaged[k] ^= int(mask)
+        (tmp_path / "z1.npz").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            assert bits(checkpoint.load_ngclearn(tmp_path, "z1", params, state)) == bits((params, state))
+        (tmp_path / "z1.npz").write_bytes(content[:k])
+        with pytest.raises(ValueError, match=r"z1\.npz"):
+            checkpoint.load_ngclearn(tmp_path, "z1", params, state)
 
 
 def test_a_cell_of_that_name_is_needed(tmp_path):

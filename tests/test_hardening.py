@@ -235,7 +235,7 @@ def test_sweeps_of_any_shape(batch, n_steps, n_points, batch_size):
     x64=st.booleans(),
 )
 def test_checkpoints_of_any_shape(tmp_path_factory, batch, n_units, mechanism, dtype, special, x64):
-    path = tmp_path_factory.mktemp("any") / "cell.npz"
+    path = tmp_path_factory.mktemp("any") / "cell.slif"
     with enable_x64() if x64 else contextlib.nullcontext():
         params = make_params(mechanism, n_units=n_units, dtype=dtype)
         state = slif.init_state(params, batch)
@@ -251,8 +251,8 @@ def test_files_and_nodes_transfer_nothing_by_accident(tmp_path):
     params = make_params("everything", n_units=3)
     state = slif.init_state(params, 2)
     with jax.transfer_guard("disallow"):
-        checkpoint.save(tmp_path / "cell.npz", params, state)
-        params, state = checkpoint.load(tmp_path / "cell.npz")
+        checkpoint.save(tmp_path / "cell.slif", params, state)
+        params, state = checkpoint.load(tmp_path / "cell.slif")
         checkpoint.save_ngclearn(tmp_path, "z1", params, state)
         checkpoint.load_ngclearn(tmp_path, "z1", params, state)
         nir = pytest.importorskip("slif.nir", exc_type=ImportError)
