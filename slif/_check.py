@@ -1,6 +1,10 @@
-"""Checks at the public entry: what was expected, what came. Values on a device are never read back."""
+"""Checks at the public entry: what was expected, what came.
 
-from typing import Any
+Python and NumPy values are looked at in every call; shapes and dtypes of arrays while the call is traced, once for each
+signature. Values on a device are never read back.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +12,45 @@ import numpy as np
 from jax import Array
 
 from slif.surrogate import Surrogate
-from slif.types import SLIFParams, SLIFState
+from slif.types import FIELDS, SLIFParams, SLIFState
 
-FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
-# Lowest value of a parameter, and whether that value itself is allowed.
-BOUNDS = {"tau_m": (0, False), "refract_time": (0, True), "thr_jitter": (0, True), "dt": (0, False)}
+_DEVICE = (jax.Array, type(None))
 
 
-def is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+class Rule(NamedTuple):
+    """What a number of the cell may be: its shape, and its lowest value."""
+
+    shape: str = "units"  # a scalar or [N]; "scalar", "matrix" [N, N] or "thresholds" [..., N]
+    low: float = -np.inf
+    allowed: bool = True  # the lowest value itself
+    optional: bool = True  # None leaves the mechanism out
+
+
+RULES = {
+    "tau_m": Rule(low=0, allowed=False, optional=False),
+    "resist_m": Rule(optional=False),
+    "thr": Rule("thresholds", optional=False),
+    "refract_time": Rule(low=0),
+    "thr_gain": Rule(),
+    "thr_leak": Rule(),
+    "rho_b": Rule("scalar"),
+    "resist_inh": Rule(),
+    "inh_weights": Rule("matrix"),
+    "thr_jitter": Rule("scalar", low=0),
+    "dt": Rule("scalar", low=0, allowed=False),
+    "t": Rule("scalar"),
+    "t0": Rule("scalar"),
+}
+FLAGS = ("sticky_spikes", "thr_persist")
+LEAVES = tuple(name for name in RULES if name in SLIFParams.__annotations__)
+
+
+def transfers() -> Any:
+    """Lets what was checked go to the device with the call, under `jax.transfer_guard("disallow")` too."""
+    return jax.transfer_guard_host_to_device("allow")
+
+
+# --- Python and NumPy values ---
 
 
 def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
@@ -32,22 +66,64 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
         stored = array.astype(dtype)
     if not np.isfinite(stored).all():
         raise ValueError(f"{name}: expected finite values in {stored.dtype}, got {value!r}")
-    low, allowed = BOUNDS.get(name, (-np.inf, True))
-    if not (stored >= low if allowed else stored > low).all():
-        raise ValueError(f"{name}: expected values {'>=' if allowed else '>'} {low} in {stored.dtype}, got {value!r}")
+    rule = RULES.get(name, Rule())
+    if not (stored >= rule.low if rule.allowed else stored > rule.low).all():
+        sign = ">=" if rule.allowed else ">"
+        raise ValueError(f"{name}: expected values {sign} {rule.low} in {stored.dtype}, got {value!r}")
     return array
 
 
-def put(array: Any, dtype: Any) -> Array:
-    """The value on the device; what is there already stays as it is."""
-    return array if isinstance(array, jax.Array) else jax.device_put(np.asarray(array).astype(dtype))
-
-
-def scalar(name: str, value: Any, dtype: Any) -> Array:
+def number(name: str, value: Any, dtype: Any) -> Array | float:
+    """One number: a jax.Array as it is, anything else as a Python float, which jit takes without a new signature."""
+    # NumPy takes twenty times as long as this for what is plainly within the range of any dtype.
+    if type(value) in (float, int) and (1e-4 < value < 6e4 or (value == 0 and RULES[name].allowed)):
+        return float(value)
     array = real(name, value, dtype)
-    if array.ndim != 0:
-        raise ValueError(f"{name}: expected a scalar, got shape {array.shape}")
-    return put(array, dtype)
+    shaped(name, array.shape, 0)
+    return array if isinstance(array, jax.Array) else float(array)
+
+
+def values(params: Any) -> SLIFParams:
+    """Params whose every leaf is an array, those from the host within bounds."""
+    if not isinstance(params, SLIFParams):
+        raise TypeError(f"params: expected SLIFParams, got {type(params).__name__}")
+    leaves, surrogate = vars(params), params.surrogate
+    for name in FLAGS:
+        flag(name, leaves[name])
+    if not isinstance(surrogate, Surrogate):
+        raise TypeError(f"surrogate: expected a Surrogate, got {surrogate!r}")
+    given = {name: x for name in LEAVES if not isinstance(x := leaves[name], _DEVICE)}
+    numbers = {name: x for name, x in surrogate.numbers.items() if not isinstance(x, jax.Array)}
+    if not given and not numbers:
+        return params
+    dtype = floating("thr", real("thr", leaves["thr"]).dtype)
+    given = {name: real(name, x, dtype).astype(dtype) for name, x in given.items()}
+    numbers = {name: real(f"surrogate {name}", x, dtype).astype(dtype) for name, x in numbers.items()}
+    return params.replace(**given, surrogate=surrogate.replace(numbers={**surrogate.numbers, **numbers}))
+
+
+def fields(state: Any) -> SLIFState:
+    """A state whose every leaf is an array."""
+    if not isinstance(state, SLIFState):
+        raise TypeError(f"state: expected SLIFState, got {type(state).__name__}")
+    for name, x in vars(state).items():
+        array(f"state.{name}", x)
+    return state
+
+
+def array(name: str, value: Any, kind: str = "an array") -> Any:
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(f"{name}: expected {kind}, got {value!r}")
+    return value
+
+
+def names(name: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in the order of the known ones, each once."""
+    if not isinstance(value, tuple | list | set | frozenset) or not all(isinstance(x, str) for x in value):
+        raise TypeError(f"{name}: expected a tuple of names, got {value!r}")
+    if unknown := sorted(set(value).difference(known)):
+        raise ValueError(f"{name}: expected names among {', '.join(known)}, got {', '.join(unknown)}")
+    return tuple(x for x in known if x in value)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -56,9 +132,14 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def scalar_or_units(name: str, array: Any, n_units: int) -> None:
-    if array.shape not in ((), (n_units,)):
-        raise ValueError(f"{name}: expected a scalar or shape ({n_units},), got shape {array.shape}")
+def size(name: str, value: Any, low: int) -> Any:
+    if jax.export.is_symbolic_dim(value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name}: expected an int >= {low}, got {value}")
+    return int(value)
 
 
 def floating(name: str, dtype: Any) -> np.dtype:
@@ -72,109 +153,6 @@ def floating(name: str, dtype: Any) -> np.dtype:
     return dtype
 
 
-def params(value: Any) -> SLIFParams:
-    """Params whose every leaf is checked and on the device."""
-    if not isinstance(value, SLIFParams):
-        raise TypeError(f"params: expected SLIFParams, got {type(value).__name__}")
-    flag("sticky_spikes", value.sticky_spikes)
-    flag("thr_persist", value.thr_persist)
-    thr = real("thr", value.thr)
-    if thr.ndim < 1:
-        raise ValueError("thr: expected shape [..., N], got a scalar")
-    dtype, n_units = floating("thr", thr.dtype), thr.shape[-1]
-    leaves: dict[str, Any] = {"thr": put(real("thr", thr, dtype), dtype)}
-    for name in ("tau_m", "resist_m", "refract_time", "thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights"):
-        leaf = getattr(value, name)
-        if leaf is None:
-            if name in ("tau_m", "resist_m", "refract_time"):
-                raise TypeError(f"{name}: expected a real number or array, got None")
-            continue
-        array = real(name, leaf, dtype)
-        if name == "rho_b":
-            scalar(name, array, dtype)
-        elif name == "inh_weights":
-            if array.shape != (n_units, n_units):
-                raise ValueError(f"inh_weights: expected shape {(n_units, n_units)}, got shape {array.shape}")
-        else:
-            scalar_or_units(name, array, n_units)
-        leaves[name] = put(array, dtype)
-    if value.resist_inh is not None and value.inh_weights is None:
-        raise ValueError("inh_weights: expected shape [N, N] because resist_inh is given, got None")
-    return value.replace(**leaves, surrogate=surrogate(value.surrogate, dtype, n_units))
-
-
-def surrogate(value: Any, dtype: Any, n_units: int) -> Any:
-    if not isinstance(value, Surrogate):
-        raise TypeError(f"surrogate: expected a Surrogate, got {value!r}")
-    numbers = {name: real(f"surrogate {name}", number, dtype) for name, number in value.numbers.items()}
-    for name, number in numbers.items():
-        scalar_or_units(f"surrogate {name}", number, n_units)
-    return value.replace(numbers={name: put(number, dtype) for name, number in numbers.items()})
-
-
-def state(params: SLIFParams, value: Any) -> SLIFState:
-    """A state whose every leaf is [..., N], in the dtype of params, and on the device."""
-    if not isinstance(value, SLIFState):
-        raise TypeError(f"state: expected SLIFState, got {type(value).__name__}")
-    dtype, shape = params.thr.dtype, np.shape(value.v)
-    leaves = {}
-    for name in FIELDS:
-        leaf = getattr(value, name)
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            raise TypeError(f"state.{name}: expected an array, got {leaf!r}")
-        if leaf.shape != shape or leaf.shape[-1:] != (params.n_units,):
-            raise ValueError(
-                f"state.{name}: expected shape {(*shape[:-1], params.n_units)} (batch of state.v, then units), "
-                f"got shape {leaf.shape}"
-            )
-        if jax.dtypes.canonicalize_dtype(leaf.dtype) != dtype:
-            raise TypeError(f"state.{name}: expected the dtype of params, {dtype}, got {leaf.dtype}")
-        leaves[name] = put(leaf, dtype)
-    return SLIFState(**leaves)
-
-
-def current(name: str, value: Any, shape: tuple[int | None, ...]) -> Array:
-    """Currents of the shape, None standing for any length; they keep their dtype and may hold inf and NaN."""
-    if not isinstance(value, jax.Array | np.ndarray) or not is_real(value.dtype):
-        got = f"dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
-        raise TypeError(f"{name}: expected an array of real numbers, got {got}")
-    if not fits(value.shape, shape):
-        raise ValueError(f"{name}: expected shape {spell(shape)}, got shape {value.shape}")
-    return put(value, jax.dtypes.canonicalize_dtype(value.dtype))
-
-
-def mask(name: str, value: Any, shape: tuple[int | None, ...]) -> Array:
-    if not isinstance(value, jax.Array | np.ndarray | np.bool_) or value.dtype != bool:
-        got = f"dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
-        raise TypeError(f"{name}: expected a boolean array, got {got}")
-    if not fits(value.shape, shape):
-        raise ValueError(f"{name}: expected shape {spell(shape)}, got shape {value.shape}")
-    return put(value, bool)
-
-
-def fits(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(got) == len(expected) and all(e in (None, g) for g, e in zip(got, expected, strict=True))
-
-
-def spell(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("T" if length is None else str(length) for length in shape) + ",)"[len(shape) > 1 :]
-
-
-def size(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name}: expected an int >= {low}, got {value}")
-    return int(value)
-
-
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    try:
-        return np.broadcast_shapes(shape, to) == to
-    except ValueError:
-        return False
-
-
 def key(value: Any) -> None:
     if isinstance(value, jax.Array | np.ndarray):
         if value.shape == () and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
@@ -185,15 +163,113 @@ def key(value: Any) -> None:
     raise TypeError(f"key: expected a PRNG key, got {value!r}")
 
 
-def raster(name: str, value: Any) -> Array:
+# --- shapes and dtypes ---
+
+
+def is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def shaped(name: str, shape: tuple[int, ...], n_units: int, rule: Rule | None = None) -> None:
+    kind = (rule or RULES[name]).shape
+    if kind == "scalar" and shape != ():
+        raise ValueError(f"{name}: expected a scalar, got shape {shape}")
+    if kind == "units" and shape not in ((), (n_units,)):
+        raise ValueError(f"{name}: expected a scalar or shape ({n_units},), got shape {shape}")
+    if kind == "matrix" and shape != (n_units, n_units):
+        raise ValueError(f"{name}: expected shape {(n_units, n_units)}, got shape {shape}")
+    if kind == "thresholds" and not shape:
+        raise ValueError(f"{name}: expected shape [..., N], got a scalar")
+
+
+def signature(params: SLIFParams, state: SLIFState | None = None) -> None:
+    """That the leaves of params fit each other, and those of the state them."""
+    thr = real("thr", params.thr)
+    shaped("thr", thr.shape, 0)
+    dtype, n_units = floating("thr", thr.dtype), params.n_units
+    for name in LEAVES:
+        leaf = getattr(params, name)
+        if leaf is not None:
+            shaped(name, real(name, leaf).shape, n_units)
+        elif not RULES[name].optional:
+            raise TypeError(f"{name}: expected a real number or array, got None")
+    if params.resist_inh is not None and params.inh_weights is None:
+        raise ValueError("inh_weights: expected shape [N, N] because resist_inh is given, got None")
+    for name, leaf in params.surrogate.numbers.items():
+        shaped(f"surrogate {name}", real(f"surrogate {name}", leaf).shape, n_units, Rule())
+    if state is None:
+        return
+    batch = np.shape(state.v)[:-1]
+    for name in FIELDS:
+        leaf = getattr(state, name)
+        if np.shape(leaf) != (*batch, n_units):
+            expected = f"{(*batch, n_units)} (batch of state.v, then units)"
+            raise ValueError(f"state.{name}: expected shape {expected}, got shape {leaf.shape}")
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != dtype:
+            raise TypeError(f"state.{name}: expected the dtype of params, {dtype}, got {leaf.dtype}")
+
+
+def current(name: str, value: Any, shape: tuple[Any, ...]) -> None:
+    """Currents of the shape, None standing for any length; they keep their dtype and may hold inf and NaN."""
     if not isinstance(value, jax.Array | np.ndarray) or not (is_real(value.dtype) or value.dtype == bool):
+        got = f"dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
+        raise TypeError(f"{name}: expected an array of real numbers, got {got}")
+    if not fits(value.shape, shape):
+        hint = ""
+        if len(value.shape) > len(shape) and value.shape[-1:] == shape[-1:]:
+            hint = f"; a state with batch_shape {value.shape[len(shape) - len(value.shape) - 1 : -1]} takes these"
+        raise ValueError(f"{name}: expected shape {spell(shape)}, got shape {value.shape}{hint}")
+
+
+def mask(name: str, value: Any, shape: tuple[Any, ...]) -> None:
+    if not isinstance(value, jax.Array | np.ndarray | np.bool_) or value.dtype != bool:
+        got = f"dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
+        raise TypeError(f"{name}: expected a boolean array, got {got}")
+    if not fits(value.shape, shape):
+        raise ValueError(f"{name}: expected shape {spell(shape)}, got shape {value.shape}")
+
+
+def raster(name: str, value: Any) -> Array:
+    array(name, value, "an array of spikes")
+    if not (is_real(value.dtype) or value.dtype == bool):
         raise TypeError(f"{name}: expected an array of spikes, got {value!r}")
     if value.ndim == 0:
         raise ValueError(f"{name}: expected shape [..., N], got a scalar")
     return put(value, value.dtype)
 
 
-def varying(array: Array) -> Any:
-    """The mesh axes over which JAX knows this to differ, inside shard_map; by the name that the installed JAX has."""
-    kind = jax.typeof(array)
-    return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+def fits(got: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
+    return len(got) == len(expected) and all(e is None or e == g for g, e in zip(got, expected, strict=True))
+
+
+def spell(shape: tuple[Any, ...]) -> str:
+    return "(" + ", ".join("T" if length is None else str(length) for length in shape) + ",)"[len(shape) > 1 :]
+
+
+def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1], strict=False))
+
+
+# --- both, for what is called now and then ---
+
+
+def put(value: Any, dtype: Any) -> Array:
+    """The value on the device; what is there already stays as it is."""
+    return value if isinstance(value, jax.Array) else jax.device_put(np.asarray(value).astype(dtype))
+
+
+def scalar(name: str, value: Any, dtype: Any) -> Array:
+    return put(number(name, value, dtype), dtype)
+
+
+def params(value: Any) -> SLIFParams:
+    """Params whose every leaf is checked and on the device."""
+    value = values(value)
+    signature(value)
+    return jax.tree.map(lambda x: put(x, value.thr.dtype), value)
+
+
+def state(params: SLIFParams, value: Any) -> SLIFState:
+    """A state whose every leaf is checked and on the device."""
+    signature(params, fields(value))
+    return jax.tree.map(lambda x: put(x, params.thr.dtype), value)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from slif import _check
-from slif.cell import advance, init_params, init_state, prepare
+from slif.cell import advance, init_params, init_state, is_off, prepare
 from slif.simulation import simulate
 from slif.surrogate import secant
 from slif.types import SLIFParams, SLIFState
@@ -36,32 +37,28 @@ KINDS = {
 BOUND = 8.0
 
 
-def _is_off(value: Any) -> bool:
-    return type(value) in (int, float) and value == 0
-
-
 def switch_on(hyper: Mapping[str, Any], learn: Iterable[str]) -> dict[str, Any]:
     """The hyperparameters with the mechanisms to learn switched on; raises for what cannot be learned."""
     if isinstance(learn, str) or not all(isinstance(name, str) for name in learn):
         raise TypeError(f"learn: expected a tuple of names, got {learn!r}")
     if unknown := sorted(set(learn) - set(KINDS)):
         raise ValueError(f"learn: expected names among {', '.join(KINDS)}, got {', '.join(unknown)}")
-    if "inh_weights" in learn and _is_off(hyper["resist_inh"]):
+    if "inh_weights" in learn and is_off(hyper["resist_inh"]):
         raise ValueError("learn: inh_weights cannot be learned without inhibition; give resist_inh")
     hyper = dict(hyper)
     for name in set(learn) - {"inh_weights"}:
         value = hyper[name]
         if KINDS[name] == "logscale" and not isinstance(value, jax.Array) and np.any(np.asarray(value) == 0):
             raise ValueError(f"{name}: expected a value other than 0 to start learning from, got {value!r}")
-        hyper[name] = np.float32(0) if _is_off(value) else value
+        hyper[name] = np.float32(0) if is_off(value) else value
     return hyper
 
 
 def stored_names(hyper: Mapping[str, Any], learn: Iterable[str]) -> list[str]:
     names = [f"{kind}_{name}" for name, kind in KINDS.items() if name in learn]
-    if "thr" not in learn and not _is_off(hyper["thr_jitter"]):
+    if "thr" not in learn and not is_off(hyper["thr_jitter"]):
         names.append("fixed_thr")
-    if "inh_weights" not in learn and not _is_off(hyper["resist_inh"]):
+    if "inh_weights" not in learn and not is_off(hyper["resist_inh"]):
         names.append("fixed_inh_weights")
     return names
 
@@ -77,13 +74,13 @@ def given_params(features: int, hyper: Mapping[str, Any]) -> SLIFParams:
     """The parameters as given, without what is drawn: no jitter, no inhibition matrix."""
     dtype = _check.floating("dtype", hyper["dtype"])
     thr = _check.real("thr", hyper["thr"], dtype)
-    _check.scalar_or_units("thr", thr, features)
-    mechanisms = ("thr_gain", "thr_leak", "rho_b", "resist_inh")
+    _check.shaped("thr", thr.shape, features, _check.Rule())
+    mechanisms = ("refract_time", "thr_gain", "thr_leak", "rho_b", "resist_inh")
     return SLIFParams(
         thr=jnp.broadcast_to(jnp.asarray(thr, _wide(dtype)).astype(dtype), (features,)),
         surrogate=secant() if hyper["surrogate"] is None else hyper["surrogate"],
-        **{name: hyper[name] for name in ("tau_m", "resist_m", "refract_time", "sticky_spikes", "thr_persist")},
-        **{name: hyper[name] for name in mechanisms if not _is_off(hyper[name])},
+        **{name: hyper[name] for name in ("tau_m", "resist_m", *_check.FLAGS)},
+        **{name: hyper[name] for name in mechanisms if not is_off(hyper[name])},
     )
 
 
@@ -106,22 +103,27 @@ def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
     return init_state(params, input_shape[:-1]), jnp.zeros(input_shape[:-1], jnp.int32)
 
 
-def run_cell(params: SLIFParams, dt: float, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
+def run_cell(params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
     state, count = carry
-    state = _check.state(params, state)
-    _check_features(np.shape(inputs), params.n_units)
-    inputs = _check.current("inputs", inputs, state.v.shape)
-    if count.shape != state.v.shape[:-1]:
-        raise ValueError(f"carry: expected a step count of shape {state.v.shape[:-1]}, got shape {count.shape}")
-    return _run_cell(params, _check.scalar("dt", dt, params.thr.dtype), (state, count), inputs)
+    params, state = _check.values(params), _check.fields(state)
+    dt = _check.number("dt", dt, params.thr.dtype)
+    with _check.transfers():
+        return _run_cell(params, dt, (state, count), _check.array("inputs", inputs, "an array of real numbers"))
 
 
 @jax.jit
 def _run_cell(params: SLIFParams, dt: Array, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
     state, count = carry
-    wide = _wide(dt.dtype)
-    t = (count.astype(wide) * dt.astype(wide)).astype(dt.dtype)
-    state = advance(prepare(params, state.v.ndim), state, inputs, t[..., None], dt)
+    _check.signature(params, state)
+    _check_features(inputs.shape, params.n_units)
+    _check.current("inputs", inputs, state.v.shape)
+    if count.shape != state.v.shape[:-1]:
+        raise ValueError(f"carry: expected a step count of shape {state.v.shape[:-1]}, got shape {count.shape}")
+    dtype = params.thr.dtype
+    dt = jnp.asarray(dt).astype(dtype)
+    t = (count.astype(_wide(dtype)) * dt.astype(_wide(dtype)))[..., None]
+    params, t, dt = prepare(params, state.v.ndim, t, dt)
+    state = advance(params, state, inputs, t, dt)
     return (state, count + 1), state.s
 
 
@@ -143,9 +145,7 @@ def run_sequence(
     currents = jnp.moveaxis(x, time, 0)
     state = init_state(params, currents.shape[1:-1]) if initial_state is None else initial_state
     valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
-    state, out = simulate(
-        params, state, currents, dt=_check.scalar("dt", dt, params.thr.dtype), record=record, valid=valid
-    )
+    state, out = simulate(params, state, currents, dt=dt, record=record, valid=valid)
     out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}
     result = out["s"] if tuple(out) == ("s",) else out
     return (result, state) if return_state else result

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check
 from slif.surrogate import Surrogate, emit, fire_and_reset, secant, spike
-from slif.types import SLIFParams, SLIFState
+from slif.types import FIELDS, SLIFParams, SLIFState
 
 
 def drive(params: SLIFParams, s: Array, j: Array) -> Array:
@@ -35,17 +35,31 @@ def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
     return jnp.where(params.rho_b > 0, sparse, adapted)
 
 
-def integrate(params: SLIFParams, state: SLIFState, i: Array, t: Array, dt: Array) -> SLIFState:
-    """The step from i on, differentiated as it is written but for the spike."""
-    v, thr, rfr, tols = state.v, state.thr, state.rfr, state.tols
+def charge(params: SLIFParams, state: SLIFState, i: Array, dt: Array) -> Array:
+    """u: the potential before the spike; a refractory unit keeps its own."""
+    v = state.v
+    u = v + ((i - v) * (1 / params.tau_m)) * dt
+    return u if params.refract_time is None else jnp.where(state.rfr >= params.refract_time, u, v)
 
-    ready = rfr >= params.refract_time
-    u = jnp.where(ready, v + ((i - v) * (1 / params.tau_m)) * dt, v)
+
+def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array) -> SLIFState:
+    """The state after the step from u on: the spike and what it does, with the gradient of the estimator."""
+    if params.surrogate.wrt == "voltage":
+        return _fire(params, state, u, i, t, dt)
+    new = _fire(*lax.stop_gradient((params, state, u, i, t, dt)))
+    return new.replace(j=i, s=emit(params.surrogate, i, new.s))
+
+
+def _fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array) -> SLIFState:
+    """Differentiated as it is written, but for the spike."""
+    thr, rfr, tols = state.thr, state.rfr, state.tols
+
     z = spike(params.surrogate, u, thr)
     v_new = jnp.where(z > 0, 0, u) if params.surrogate.detach_reset else fire_and_reset(u, z)
     thr_new = adapt(params, thr, z)
     rfr_new = jnp.where(z > 0, dt, rfr + dt)
-    s = jnp.where(ready, z, 1) if params.sticky_spikes else z
+    sticky = params.sticky_spikes and params.refract_time is not None
+    s = jnp.where(rfr >= params.refract_time, z, 1) if sticky else z
     tols_new = jnp.where(s > 0, t, tols)
 
     h = params.surrogate(i if params.surrogate.wrt == "current" else u - thr)
@@ -54,16 +68,19 @@ def integrate(params: SLIFParams, state: SLIFState, i: Array, t: Array, dt: Arra
 
 
 def advance(params: SLIFParams, state: SLIFState, j: Array, t: Array, dt: Array) -> SLIFState:
-    """One step with the gradient of the estimator; params come from `prepare`."""
+    """One step; params, t and dt come from `prepare`."""
     i = drive(params, state.s, j.astype(state.v.dtype))
-    if params.surrogate.wrt == "voltage":
-        return integrate(params, state, i, t, dt)
-    new = integrate(*lax.stop_gradient((params, state, i, t, dt)))
-    return new.replace(j=i, s=emit(params.surrogate, i, new.s))
+    u = charge(params, state, i, dt)
+    return fire(params, state, u, i, t, dt)
 
 
-def prepare(params: SLIFParams, ndim: int) -> SLIFParams:
-    """Params in one dtype, [N] leaves aligned with states of `ndim` axes, and no unit inhibiting itself."""
+def prepare(params: SLIFParams, ndim: int, *clock: Array) -> tuple[SLIFParams, *tuple[Array, ...]]:
+    """Params and times in one dtype, [N] leaves aligned with states of `ndim` axes, no unit inhibiting itself.
+
+    Every number of the equations goes through here, whichever function it comes by. Behind the barrier XLA sees no
+    constant: it would multiply constants together, leave out a factor of 1 and then contract the multiply-adds in
+    another order of rounding.
+    """
     dtype = params.thr.dtype
 
     def align(leaf: Array) -> Array:
@@ -73,9 +90,9 @@ def prepare(params: SLIFParams, ndim: int) -> SLIFParams:
     weights = params.inh_weights
     if weights is not None:
         weights = jnp.where(jnp.eye(params.n_units, dtype=bool), 0, weights.astype(dtype))
-    # Behind the barrier XLA does not see constants, which it would multiply together in another order of rounding.
-    leaves = lax.optimization_barrier(jax.tree.map(align, params.replace(thr=None, inh_weights=None)))
-    return leaves.replace(thr=params.thr, inh_weights=weights)
+    leaves = jax.tree.map(align, params.replace(thr=None, inh_weights=None))
+    leaves, clock = lax.optimization_barrier((leaves, tuple(jnp.asarray(x).astype(dtype) for x in clock)))
+    return leaves.replace(thr=params.thr, inh_weights=weights), *clock
 
 
 def init_params(
@@ -138,12 +155,13 @@ def init_params(
     """
     n_units, dtype = _check.size("n_units", n_units, 1), _check.floating("dtype", dtype)
     _check.key(key)
-    numbers = {"tau_m": tau_m, "resist_m": resist_m, "thr": thr, "refract_time": refract_time}
-    mechanisms = {"thr_gain": thr_gain, "thr_leak": thr_leak, "rho_b": rho_b, "resist_inh": resist_inh}
-    numbers |= {name: x for name, x in mechanisms.items() if not (type(x) in (int, float) and x == 0)}
+    numbers = {"tau_m": tau_m, "resist_m": resist_m, "thr": thr}
+    mechanisms = {"refract_time": refract_time, "thr_gain": thr_gain, "thr_leak": thr_leak}
+    mechanisms |= {"rho_b": rho_b, "resist_inh": resist_inh}
+    numbers |= {name: x for name, x in mechanisms.items() if not is_off(x)}
     for name, x in numbers.items():
         numbers[name] = _check.real(name, x, dtype)
-        _check.scalar_or_units(name, numbers[name], n_units)
+        _check.shaped(name, numbers[name].shape, n_units, _check.Rule() if name == "thr" else None)
 
     draw = jnp.promote_types(dtype, jnp.float32)
     key, k = jax.random.split(key)
@@ -165,6 +183,11 @@ def init_params(
             thr_persist=_check.flag("thr_persist", thr_persist),
         )
     )
+
+
+def is_off(value: Any) -> bool:
+    """Whether this leaves a mechanism out: a Python 0 does, no array."""
+    return type(value) in (int, float) and value == 0
 
 
 def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> SLIFState:
@@ -190,35 +213,34 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
         >>> init_state(params, 2).v.shape
         (2, 3)
     """
-    params = _check.params(params)
+    params = _check.values(params)
     sizes = batch_shape if isinstance(batch_shape, tuple | list) else (batch_shape,)
-    shape = (*(_check.size("batch_shape", size, 0) for size in sizes), params.n_units)
-    if not _check.broadcasts(params.thr.shape, shape):
-        raise ValueError(
-            f"batch_shape: expected one that params.thr {params.thr.shape} broadcasts to, got {shape[:-1]}"
-        )
-    return _rest(params, shape)
+    batch = tuple(_check.size("batch_shape", size, 0) for size in sizes)
+    with _check.transfers():
+        return _init_state(params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _rest(params: SLIFParams, shape: tuple[int, ...]) -> SLIFState:
-    params = prepare(params, len(shape))
-    zeros = [jnp.zeros(shape, params.thr.dtype) for _ in range(4)]
+def _init_state(params: SLIFParams, batch: tuple[Any, ...]) -> SLIFState:
+    _check.signature(params)
+    shape = (*batch, params.n_units)
+    if not _check.broadcasts(params.thr.shape, shape):
+        raise ValueError(f"batch_shape: expected one that params.thr {params.thr.shape} broadcasts to, got {batch}")
+    return _rest(params, shape)
+
+
+def _rest(params: SLIFParams, shape: tuple[Any, ...]) -> SLIFState:
+    (params,) = prepare(params, len(shape))
+    dtype = params.thr.dtype
 
     def fresh(leaf: Array) -> Array:
         # The state can be donated, so it must be no buffer of params, whatever jit does with an input it returns.
         leaf = leaf.reshape((1,) * (len(shape) - leaf.ndim) + leaf.shape)
         return jnp.copy(jnp.broadcast_to(leaf, shape))
 
-    return SLIFState(
-        j=zeros[0],
-        v=zeros[1],
-        s=zeros[2],
-        thr=fresh(params.thr),
-        rfr=fresh(params.refract_time),
-        tols=zeros[3],
-        surrogate=jnp.ones(shape, params.thr.dtype),
-    )
+    j, v, s, rfr, tols = (jnp.zeros(shape, dtype) for _ in range(5))
+    rfr = rfr if params.refract_time is None else fresh(params.refract_time)
+    return SLIFState(j=j, v=v, s=s, thr=fresh(params.thr), rfr=rfr, tols=tols, surrogate=jnp.ones(shape, dtype))
 
 
 def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: ArrayLike) -> SLIFState:
@@ -259,19 +281,23 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
         [0.] [1.]
         [0.25] [0.]
     """
-    params = _check.params(params)
-    state, dtype = _check.state(params, state), params.thr.dtype
-    j = _check.current("j", j, state.v.shape)
-    return _step(params, state, j, _check.scalar("t", t, dtype), _check.scalar("dt", dt, dtype))
+    params, state = _check.values(params), _check.fields(state)
+    t, dt = (_check.number(name, x, params.thr.dtype) for name, x in (("t", t), ("dt", dt)))
+    with _check.transfers():
+        return _step(params, state, _check.array("j", j, "an array of real numbers"), t, dt)
 
 
 @jax.jit
 def _step(params: SLIFParams, state: SLIFState, j: Array, t: Array, dt: Array) -> SLIFState:
-    dtype = params.thr.dtype
-    return advance(prepare(params, state.v.ndim), state, j, t.astype(dtype), dt.astype(dtype))
+    _check.signature(params, state)
+    _check.current("j", j, state.v.shape)
+    params, t, dt = prepare(params, state.v.ndim, t, dt)
+    return advance(params, state, j, t, dt)
 
 
-def reset(params: SLIFParams, state: SLIFState, *, where: Array | None = None) -> SLIFState:
+def reset(
+    params: SLIFParams, state: SLIFState, *, where: Array | None = None, fields: tuple[str, ...] | None = None
+) -> SLIFState:
     """Puts the state back to rest, but for the thresholds where `thr_persist` is set.
 
         j = v = s = tols = 0,   thr = params.thr [kept with thr_persist],   rfr = refract_time,   surrogate = 1
@@ -280,13 +306,15 @@ def reset(params: SLIFParams, state: SLIFState, *, where: Array | None = None) -
         params: the parameters.
         state: the state, fields [..., N].
         where: boolean [...], the rows to reset; None for all.
+        fields: names of the fields to reset; None for all, without thr where `thr_persist` is set. ("thr", "rfr") takes
+            new thresholds and periods of params into a state and leaves the rest as it is.
 
     Returns:
         The state at rest.
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or a name is not known.
 
     Source: ngc-learn's `SLIFCell.reset`.
 
@@ -297,15 +325,25 @@ def reset(params: SLIFParams, state: SLIFState, *, where: Array | None = None) -
         Array([[0.],
                [1.]], dtype=float32)
     """
-    params = _check.params(params)
-    state = _check.state(params, state)
-    rest = init_state(params, state.v.shape[:-1])
-    if params.thr_persist:
-        rest = rest.replace(thr=state.thr)
-    if where is None:
-        return rest
-    where = _check.mask("where", where, state.v.shape[:-1])
-    return jax.tree.map(lambda new, old: jnp.where(where[..., None], new, old), rest, state)
+    params, state = _check.values(params), _check.fields(state)
+    if where is not None:
+        _check.array("where", where, "a boolean array")
+    if fields is not None:
+        fields = _check.names("fields", fields, FIELDS)
+    with _check.transfers():
+        return _reset(params, state, where, fields)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _reset(params: SLIFParams, state: SLIFState, where: Array | None, fields: tuple[str, ...] | None) -> SLIFState:
+    _check.signature(params, state)
+    if fields is None:
+        fields = tuple(name for name in FIELDS if not (name == "thr" and params.thr_persist))
+    new = {name: x for name, x in vars(_rest(params, state.v.shape)).items() if name in fields}
+    if where is not None:
+        _check.mask("where", where, state.v.shape[:-1])
+        new = {name: jnp.where(where[..., None], x, getattr(state, name)) for name, x in new.items()}
+    return state.replace(**new)
 
 
 def detach(state: SLIFState) -> SLIFState:

@@ -19,12 +19,11 @@ from flax import serialization
 
 from slif import _check
 from slif import surrogate as surrogates
-from slif.types import SLIFParams, SLIFState
+from slif.types import FIELDS, SLIFParams, SLIFState
 
 __all__ = ["from_ngclearn", "load", "load_ngclearn", "save", "save_ngclearn"]
 
 MAGIC = b"slif checkpoint 1\n"  # the number is that of the schema
-FLAGS = ("sticky_spikes", "thr_persist")
 KINDS = {
     "secant": surrogates.secant(),
     "secant_squared": surrogates.secant(squared=True),
@@ -66,7 +65,7 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
     state = _check.state(params, state)
     params, state = jax.device_get((params, state))
     static = {"kind": kind_of(params.surrogate), "detach_reset": params.surrogate.detach_reset}
-    static |= {name: getattr(params, name) for name in FLAGS}
+    static |= {name: getattr(params, name) for name in _check.FLAGS}
     params = params.replace(surrogate=params.surrogate.numbers)
     body = serialization.to_bytes({"params": params, "state": state, **static})
     with _replacing(os.fsdecode(path)) as file:
@@ -226,18 +225,19 @@ def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
         return jax.device_put(np.array(jax.device_get(value), np.float32))
 
     base = np.asarray(jax.device_get(cell.threshold0))
-    leaves = {"thr_gain": cell.thrGain, "thr_leak": cell.thrLeak, "rho_b": cell.rho_b, "resist_inh": cell.inh_R}
+    leaves = {"refract_time": cell.refract_T, "thr_gain": cell.thrGain, "thr_leak": cell.thrLeak}
+    leaves |= {"rho_b": cell.rho_b, "resist_inh": cell.inh_R}
     leaves = {name: value for name, value in leaves.items() if value != 0}
-    leaves |= {"tau_m": cell.tau_m, "resist_m": cell.R_m, "refract_time": cell.refract_T}
+    leaves |= {"tau_m": cell.tau_m, "resist_m": cell.R_m}
     leaves["thr"] = base[0] if len(base) == 1 else base
     if "resist_inh" in leaves:
         leaves["inh_weights"] = np.asarray(jax.device_get(cell.inh_weights))
         if np.diagonal(leaves["inh_weights"]).any():
             raise ValueError("cell: expected inh_weights with a zero diagonal, got a unit that inhibits itself")
-    flags: Any = {name: bool(getattr(cell, name)) for name in FLAGS}
+    flags: Any = {name: bool(getattr(cell, name)) for name in _check.FLAGS}
     params = _check.params(SLIFParams(**{name: put(x) for name, x in leaves.items()}, **flags))
     shape = np.shape(cell.v.get())
-    fields = {name: put(np.broadcast_to(jax.device_get(getattr(cell, name).get()), shape)) for name in _check.FIELDS}
+    fields = {name: put(np.broadcast_to(jax.device_get(getattr(cell, name).get()), shape)) for name in FIELDS}
     return params, _check.state(params, SLIFState(**fields))
 
 

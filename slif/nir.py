@@ -8,7 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from slif import _check
-from slif.checkpoint import FLAGS, kind_of, named
+from slif._check import FLAGS
+from slif.checkpoint import kind_of, named
 from slif.surrogate import Surrogate, secant
 from slif.types import SLIFParams
 
@@ -64,7 +65,8 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
     kept: dict[str, Any] = _surrogate_metadata(params.surrogate)
     if lost:
         warnings.warn(f"other libraries will run this node without {', '.join(lost)}", UserWarning, stacklevel=2)
-        leaves["refract_time"] = _wide(params.refract_time)
+        if params.refract_time is not None:
+            leaves["refract_time"] = _wide(params.refract_time)
         # Plain scalars, since the files of NIR hold no compressed array of rank 0.
         kept["params"] = {name: x[()] for name, x in leaves.items()}
         kept["params"] |= {name: getattr(params, name) for name in FLAGS}
@@ -86,7 +88,7 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
 def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLIFParams:
     """Makes parameters from a NIR node, and from what `to_nir` kept in its metadata.
 
-        tau_m = 1000 tau (ms),   resist_m = r,   thr = v_threshold,   refract_time = 0
+        tau_m = 1000 tau (ms),   resist_m = r,   thr = v_threshold,   refract_time = None
 
     Args:
         node: a `nir.LIF` with v_leak = v_reset = 0 and fields [N] or, with `n_units`, scalars.
@@ -130,7 +132,6 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
         "tau_m": _scalar_if_equal(fields["tau"].astype(np.float64) * 1000),
         "resist_m": _scalar_if_equal(fields["r"]),
         "thr": thr,
-        "refract_time": 0.0,
         **_kept_params(kept, dt),
     }
     flags: dict[str, Any] = {name: _check.flag(name, leaves.pop(name, False)) for name in FLAGS}
@@ -147,7 +148,7 @@ def _wide(value: Any) -> np.ndarray:
 def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> list[str]:
     """What the cell does and NIR has no word for; a mechanism that is there at 0 does nothing."""
     lost = []
-    if (_wide(params.refract_time).astype(dt.dtype) > dt).any():
+    if params.refract_time is not None and (_wide(params.refract_time).astype(dt.dtype) > dt).any():
         lost.append("refract_time > dt")
         if params.sticky_spikes:
             lost.append("sticky_spikes")

@@ -241,9 +241,9 @@ def _draw_unit(
 
 def _refractory(params: SLIFParams | None, rfr: np.ndarray | None) -> np.ndarray | None:
     """Whether a unit was refractory at each step, by the clock that the step before left."""
-    if params is None or rfr is None:
+    if params is None or rfr is None or _check.params(params).refract_time is None:
         return None
-    blocked = rfr < np.asarray(jax.device_get(_check.params(params).refract_time), rfr.dtype)
+    blocked = rfr < np.asarray(jax.device_get(params.refract_time), rfr.dtype)
     return np.concatenate([np.zeros_like(blocked[:1]), blocked[:-1]])
 
 

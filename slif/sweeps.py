@@ -120,11 +120,13 @@ def sweep(
         raise ValueError(f"currents: expected shape (T, ..., {params.n_units}), got shape {shape}")
     shared: dict[str, Any] = {"params": params, "t0": _check.scalar("t0", t0, dtype)}
     if currents is not None:
-        shared["currents"] = _check.current("currents", currents, (None, *shape[1:]))
+        _check.current("currents", currents, (None, *shape[1:]))
+        shared["currents"] = _check.put(currents, currents.dtype)
     if dt is not None:
         shared["dt"] = _check.scalar("dt", dt, dtype)
     if valid is not None:
-        shared["valid"] = _check.mask("valid", valid, shape[:-1])
+        _check.mask("valid", valid, shape[:-1])
+        shared["valid"] = _check.put(valid, bool)
     states = None
     if state is not None:
         state = _check.state(params, state)
@@ -209,7 +211,8 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     points = {}
     for name, value in over.items():
         if name == "currents":
-            points[name] = _check.current("currents", value, (None,) * max(np.ndim(value), 1))
+            _check.current("currents", value, (None,) * max(np.ndim(value), 1))
+            points[name] = _check.put(value, value.dtype)
             continue
         array, n_units = _check.real(name, value, params.thr.dtype), params.n_units
         expected = ((None,), (None, n_units)) if name in UNITS else ((None,),)

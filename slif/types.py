@@ -19,7 +19,7 @@ class SLIFParams(struct.PyTreeNode):
     tau_m: Array  # membrane time constant, ms
     resist_m: Array  # membrane resistance
     thr: Array  # [N] base threshold, jitter included ([..., N] once loaded from a batched file)
-    refract_time: Array  # refractory period, ms
+    refract_time: Array | None = None  # refractory period, ms
     thr_gain: Array | None = None  # added to a unit's threshold when it spikes
     thr_leak: Array | None = None  # share of the threshold lost at each step
     rho_b: Array | None = None  # scalar: sparsity control; where > 0, thr_gain and thr_leak are ignored
@@ -45,3 +45,6 @@ class SLIFState(struct.PyTreeNode):
     rfr: Array  # time since the last raw spike, ms
     tols: Array  # time of the last output spike, ms
     surrogate: Array  # slope of the surrogate at this step
+
+
+FIELDS = tuple(SLIFState.__dataclass_fields__)

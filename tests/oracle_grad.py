@@ -39,7 +39,7 @@ class Cell:
     slope: Callable[[NDArray], NDArray]
     tau_m: NDArray
     resist_m: NDArray
-    refract_time: NDArray
+    refract_time: NDArray | float = 0.0
     thr_gain: NDArray | float = 0.0
     thr_leak: NDArray | float = 0.0
     rho_b: NDArray | float = 0.0

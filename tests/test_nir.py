@@ -60,7 +60,7 @@ def test_a_plain_cell_is_a_lif_node(arguments, tmp_path):
 @given(tau=st.floats(2**-10, 1e6, width=32), r=st.floats(-1e6, 1e6, width=32), thr=st.floats(-1e3, 1e3, width=32))
 @settings(max_examples=200, derandomize=True, deadline=None, database=None)
 def test_every_bit_of_float32_comes_back(tau, r, thr):
-    numbers = {"tau_m": tau, "resist_m": r, "thr": thr, "refract_time": 0.0}
+    numbers = {"tau_m": tau, "resist_m": r, "thr": thr}
     params = slif.SLIFParams(**{name: jnp.full(2, x, jnp.float32) for name, x in numbers.items()})
     back = from_nir(to_nir(params, dt=DT), dt=DT)
     for name in numbers:

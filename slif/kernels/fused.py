@@ -10,24 +10,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from slif.kernels import interpret, loop, mosaic_gpu
+from slif.loops.request import Request
 from slif.raster import pack_spikes
-from slif.types import SLIFParams, SLIFState
-
-FIELDS = tuple(field.name for field in dataclasses.fields(SLIFState))
+from slif.types import FIELDS, SLIFParams, SLIFState
 
 
-def run(
-    params: SLIFParams,
-    state: SLIFState,
-    currents: Array,
-    valid: Array | None,
-    dt: Array,
-    t0: Array,
-    *,
-    record: tuple[str, ...],
-    spike_dtype: Any,
-) -> tuple[SLIFState, dict[str, Array]]:
-    """What a scan over `advance` gives; `valid` has to be None. With respect to the voltage, reverse mode only."""
+def run(params: SLIFParams, state: SLIFState, currents: Array, request: Request) -> tuple[SLIFState, dict[str, Array]]:
+    """What `loops.plain.run` gives; `valid` has to be None. With respect to the voltage, reverse mode only."""
+    record, spike_dtype = request.record, request.spike_dtype
     shape, n = state.v.shape, state.v.size
     padding = max(mosaic_gpu.WARPGROUP - n, 0)
     voltage = params.surrogate.wrt == "voltage"
@@ -55,8 +45,8 @@ def run(
         params=jax.tree.map(flat, params.replace(thr=None)),
         state={name: flat(getattr(state, name)) for name in loop.CARRIED},
         currents=jnp.pad(currents.reshape(len(currents), n), ((0, 0), (0, padding))),
-        dt=dt.reshape(1),
-        t0=t0.reshape(1),
+        dt=request.dt.reshape(1),
+        t0=request.t0.reshape(1),
     )
     outs: dict[str, Any] = (_differentiable if voltage else _forward)(plan, inputs)
     final = {name: x[:n].reshape(shape) for name, x in outs["final"].items()}

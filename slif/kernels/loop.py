@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from slif.cell import drive, integrate
+from slif.cell import advance as advance_cell
 from slif.kernels.plain import plain
 from slif.types import SLIFParams, SLIFState
 
@@ -80,7 +80,7 @@ class Tile(NamedTuple):
 def step(params: SLIFParams, fields: dict[str, Array], j: Array, t: Array, dt: Array) -> SLIFState:
     """One step of the cell, from the fields that go round the loop."""
     old = SLIFState(**dict.fromkeys(("j", "s", "surrogate")), **fields)
-    return integrate(params, old, drive(params, old.s, j.astype(old.v.dtype)), t, dt)
+    return advance_cell(params, old, j, t, dt)
 
 
 def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> None:

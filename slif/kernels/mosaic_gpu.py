@@ -1,6 +1,5 @@
 """Launches the loops on an NVIDIA GPU, Hopper or later: a warpgroup for each tile, its units in registers."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,7 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
         start = jnp.minimum(lax.axis_index("tile") * plan.width, plan.n_units - plan.width)
         tile = Tile(
             units=pl.ds(start, plan.width),
-            load=functools.partial(plgpu.load, idx=(), layout=layout),
+            load=lambda ref: plgpu.layout_cast(ref[...], layout),
             fill=lambda x: plgpu.layout_cast(jnp.full((plan.width,), x, jnp.float32), layout),
         )
         body(plan, tile, *tree.unflatten(refs[: len(leaves)]), out_tree.unflatten(refs[len(leaves) :]))

@@ -1,0 +1,53 @@
+"""Which loop runs: a fused kernel where it can, else the scan of the platform."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+from slif import kernels
+from slif.loops import cpu, gpu, plain
+from slif.loops.request import Request
+from slif.surrogate import Surrogate
+from slif.types import SLIFParams, SLIFState
+
+Loop = Callable[[SLIFParams, SLIFState, Array, Request], tuple[SLIFState, dict[str, Array]]]
+
+
+def choose(
+    implementation: str | None, params: SLIFParams, currents: Array, request: Request, *, constant: bool
+) -> Loop:
+    """The loop for these arguments; `constant` where nothing is differentiated through it."""
+    if fuses(implementation, params, currents, request):
+        from slif.kernels.fused import run  # where it is used, since importing Pallas takes longer than JAX itself
+
+        return run
+    if len(currents) == 0:
+        return plain.run
+    if jax.default_backend() == "cpu":
+        return cpu.run
+    # Under differentiation each branch would keep what the others do as well.
+    return _by_platform if constant else gpu.run
+
+
+def _by_platform(*arguments: Any) -> Any:
+    return lax.platform_dependent(*arguments, cpu=cpu.run, default=gpu.run)
+
+
+def fuses(implementation: str | None, params: SLIFParams, currents: Array, request: Request) -> bool:
+    """Whether a kernel runs the loop: when asked for, or on a GPU when it can."""
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation: expected None, 'xla' or 'pallas', got {implementation!r}")
+    if implementation == "xla":
+        return False
+    found = kernels.gpu()
+    if implementation is None:
+        own = params.surrogate.slope.__module__ == Surrogate.__module__  # who knows what a custom one is made of
+        return found is True and own and kernels.tried() and kernels.missing(params, currents, request) is None
+    missing = kernels.missing(params, currents, request)
+    if found is False:
+        missing = "this GPU: it takes one of NVIDIA's of compute capability 9.0 or later"
+    if missing is not None:
+        raise NotImplementedError(f"implementation: 'pallas' cannot do {missing}; use None or 'xla'")
+    return True

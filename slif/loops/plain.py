@@ -1,0 +1,28 @@
+"""The recurrence as it is written: the truth that every other loop is held against."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from slif.cell import advance
+from slif.loops.blocks import scan
+from slif.loops.request import Request, freeze
+from slif.types import SLIFParams, SLIFState
+
+
+def run(
+    params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, unroll: int = 1
+) -> tuple[SLIFState, dict[str, Array]]:
+    """state[k] = advance(params, state[k - 1], currents[k], t0 + k dt, dt); params come from `prepare`."""
+
+    def body(carry, x):
+        old, summaries = carry
+        j, t, live = x
+        # A frozen row's current never reaches the equations, so that no NaN in it reaches a gradient.
+        new = advance(params, old, freeze(live, j, jnp.zeros_like(j)), t.astype(old.v.dtype), request.dt)
+        new, s = freeze(live, (new, new.s), (old, jnp.zeros_like(old.s)))
+        return (new, request.summarise(summaries, s, t)), request.observe(new, s)
+
+    xs = (currents, request.times(len(currents)), request.valid)
+    carry = (state, request.summaries(state))
+    (state, summaries), out = scan(body, carry, xs, request.checkpoint_every, unroll)
+    return state, out | summaries
