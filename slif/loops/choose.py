@@ -1,7 +1,7 @@
 """Which loop runs: a fused kernel where it can, else the scan of the platform."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax import Array, lax
@@ -25,14 +25,11 @@ def choose(
         return run
     if len(currents) == 0:
         return plain.run
+    on_cpu = functools.partial(cpu.run, constant=constant)
     if jax.default_backend() == "cpu":
-        return cpu.run
+        return on_cpu
     # Under differentiation each branch would keep what the others do as well.
-    return _by_platform if constant else gpu.run
-
-
-def _by_platform(*arguments: Any) -> Any:
-    return lax.platform_dependent(*arguments, cpu=cpu.run, default=gpu.run)
+    return functools.partial(lax.platform_dependent, cpu=on_cpu, default=gpu.run) if constant else gpu.run
 
 
 def fuses(implementation: str | None, params: SLIFParams, currents: Array, request: Request) -> bool:
