@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, export
 
 from slif.surrogate import Surrogate
 from slif.types import FIELDS, SLIFParams, SLIFState
@@ -133,7 +133,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def size(name: str, value: Any, low: int) -> Any:
-    if jax.export.is_symbolic_dim(value):
+    if export.is_symbolic_dim(value):
         return value
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected an int, got {value!r}")

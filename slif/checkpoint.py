@@ -18,20 +18,12 @@ import numpy as np
 from flax import serialization
 
 from slif import _check
-from slif import surrogate as surrogates
+from slif.surrogate import kind_of, named
 from slif.types import FIELDS, SLIFParams, SLIFState
 
 __all__ = ["from_ngclearn", "load", "load_ngclearn", "save", "save_ngclearn"]
 
 MAGIC = b"slif checkpoint 1\n"  # the number is that of the schema
-KINDS = {
-    "secant": surrogates.secant(),
-    "secant_squared": surrogates.secant(squared=True),
-    "secant_scaled": surrogates.secant(scaled=True),
-    "secant_squared_scaled": surrogates.secant(squared=True, scaled=True),
-    **{name: getattr(surrogates, name)() for name in ("fast_sigmoid", "sigmoid", "arctan", "triangular", "boxcar")},
-    **{name: getattr(surrogates, name)() for name in ("gaussian", "straight_through")},
-}
 
 
 def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> None:
@@ -239,20 +231,6 @@ def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
     shape = np.shape(cell.v.get())
     fields = {name: put(np.broadcast_to(jax.device_get(getattr(cell, name).get()), shape)) for name in FIELDS}
     return params, _check.state(params, SLIFState(**fields))
-
-
-def kind_of(surrogate: surrogates.Surrogate) -> str:
-    """The name in `KINDS` under which `named` makes this surrogate again."""
-    for kind, known in KINDS.items():
-        if (known.slope, known.wrt, known.numbers.keys()) == (surrogate.slope, surrogate.wrt, surrogate.numbers.keys()):
-            return kind
-    raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}; got a custom one, which cannot be saved")
-
-
-def named(kind: Any, numbers: dict[str, Any], detach_reset: Any) -> surrogates.Surrogate:
-    if not isinstance(kind, str) or kind not in KINDS or numbers.keys() != KINDS[kind].numbers.keys():
-        raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}, got {kind!r} with numbers {[*numbers]}")
-    return KINDS[kind].replace(numbers=numbers, detach_reset=_check.flag("detach_reset", detach_reset))
 
 
 def _ngclearn_file(directory: str | os.PathLike[str], name: str) -> str:

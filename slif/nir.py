@@ -9,8 +9,7 @@ from jax.typing import ArrayLike
 
 from slif import _check
 from slif._check import FLAGS
-from slif.checkpoint import kind_of, named
-from slif.surrogate import Surrogate, secant
+from slif.surrogate import Surrogate, kind_of, named, secant
 from slif.types import SLIFParams
 
 try:

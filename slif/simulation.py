@@ -109,8 +109,8 @@ def _simulate(
     request = request.replace(dt=dt, t0=t0)
     params, state, currents, request = alike((params, state, currents, request))
 
-    elementwise = params.surrogate.wrt == "current" and params.resist_inh is None and len(currents) > 0
-    if params.surrogate.wrt == "current" and len(currents) > 0:
+    elementwise = params.surrogate.wrt == "current" and params.resist_inh is None and currents.shape[0] > 0
+    if params.surrogate.wrt == "current" and currents.shape[0] > 0:
         state = lax.stop_gradient(state).replace(s=state.s, j=state.j)  # a frozen row would pass the others through
     loop = choose(implementation, params, currents, request, constant=elementwise)
     if not elementwise:

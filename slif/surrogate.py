@@ -6,7 +6,7 @@ A slope with respect to the *current* says d s'/d i, one with respect to the *vo
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,26 @@ class Surrogate(struct.PyTreeNode):
     def __call__(self, x: ArrayLike) -> Array:
         x = jnp.asarray(x)
         return self.slope(x, **{name: jnp.asarray(number, x.dtype) for name, number in self.numbers.items()})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Surrogate):
+            return NotImplemented
+        if self._static != other._static or self.numbers.keys() != other.numbers.keys():
+            return False
+        return all(
+            x is other.numbers[name] or np.array_equal(x, other.numbers[name]) for name, x in self.numbers.items()
+        )
+
+    def __hash__(self) -> int:
+        """By value, so that it can be a static argument; numbers on a device are not read, and have no hash."""
+        if any(isinstance(x, jax.Array) for x in self.numbers.values()):
+            raise TypeError("unhashable Surrogate: its numbers are on a device; make it with Python or NumPy ones")
+        numbers = ((name, np.asarray(x, np.float64)) for name, x in sorted(self.numbers.items()))
+        return hash((self._static, *((name, x.shape, x.tobytes()) for name, x in numbers)))
+
+    @property
+    def _static(self) -> tuple[Any, ...]:
+        return self.slope, self.wrt, self.detach_reset
 
 
 def _positive(numbers: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
@@ -337,6 +357,34 @@ def custom(
     if wrt not in ("current", "voltage"):
         raise ValueError(f"wrt: expected 'current' or 'voltage', got {wrt!r}")
     return Surrogate({}, fn, wrt, _flag("detach_reset", detach_reset))
+
+
+# By the names under which files know them.
+KINDS = {
+    **{
+        f"secant{'_squared' * q}{'_scaled' * c}": secant(squared=q, scaled=c)
+        for q in (False, True)
+        for c in (False, True)
+    },
+    **{
+        make.__name__: make()
+        for make in (fast_sigmoid, sigmoid, arctan, triangular, boxcar, gaussian, straight_through)
+    },
+}
+
+
+def kind_of(surrogate: Surrogate) -> str:
+    """The name in `KINDS` under which `named` makes this surrogate again."""
+    for kind, known in KINDS.items():
+        if (known.slope, known.wrt, known.numbers.keys()) == (surrogate.slope, surrogate.wrt, surrogate.numbers.keys()):
+            return kind
+    raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}; got a custom one, which cannot be saved")
+
+
+def named(kind: Any, numbers: dict[str, Any], detach_reset: Any) -> Surrogate:
+    if not isinstance(kind, str) or kind not in KINDS or numbers.keys() != KINDS[kind].numbers.keys():
+        raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}, got {kind!r} with numbers {[*numbers]}")
+    return KINDS[kind].replace(numbers=numbers, detach_reset=_flag("detach_reset", detach_reset))
 
 
 @jax.custom_jvp

@@ -3,10 +3,13 @@
 Letters: T time steps, B any batch dimensions, N units. Time is in ms.
 """
 
-from flax import struct
-from jax import Array
+import json
+from typing import Any
 
-from slif.surrogate import Surrogate
+from flax import struct
+from jax import Array, export
+
+from slif.surrogate import KINDS, Surrogate
 
 
 class SLIFParams(struct.PyTreeNode):
@@ -48,3 +51,38 @@ class SLIFState(struct.PyTreeNode):
 
 
 FIELDS = tuple(SLIFState.__dataclass_fields__)
+
+
+# --- for the arguments of functions that `jax.export` writes to a file, under names that stay ---
+
+
+def _flags(text: bytes) -> tuple[bool, ...]:
+    return tuple(json.loads(text))
+
+
+def _write_surrogate(static: tuple[Any, ...]) -> bytes:
+    slope, wrt, detach_reset = static
+    kinds = [kind for kind, known in KINDS.items() if (known.slope, known.wrt) == (slope, wrt)]
+    if not kinds:
+        raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}; got a custom one, which cannot be saved")
+    return json.dumps([kinds[0], detach_reset]).encode()
+
+
+def _read_surrogate(text: bytes) -> tuple[Any, ...]:
+    kind, detach_reset = json.loads(text)
+    return KINDS[kind].slope, KINDS[kind].wrt, detach_reset
+
+
+for _type in (SLIFParams, SLIFState):
+    export.register_pytree_node_serialization(
+        _type,
+        serialized_name=f"slif.{_type.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=_flags,
+    )
+export.register_pytree_node_serialization(
+    Surrogate,
+    serialized_name="slif.Surrogate",
+    serialize_auxdata=_write_surrogate,
+    deserialize_auxdata=_read_surrogate,
+)

@@ -10,7 +10,7 @@ from jax import lax
 
 
 def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1) -> tuple[Any, Any]:
-    length = len(jax.tree.leaves(xs)[0])
+    length = jax.tree.leaves(xs)[0].shape[0]
     if every is None or every >= length:
         return lax.scan(body, carry, xs, unroll=unroll)
     # A ragged last block copies the sequences to take them apart, which costs more memory than it saves: at T = 1000

@@ -23,7 +23,7 @@ def choose(
         from slif.kernels.fused import run  # where it is used, since importing Pallas takes longer than JAX itself
 
         return run
-    if len(currents) == 0:
+    if currents.shape[0] == 0:
         return plain.run
     on_cpu = functools.partial(cpu.run, constant=constant)
     if jax.default_backend() == "cpu":

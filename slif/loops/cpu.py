@@ -18,7 +18,7 @@ def run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, constant: bool = False
 ) -> tuple[SLIFState, dict[str, Array]]:
     """What `plain.run` gives for one step or more; v in the carry is u, whose spike is still to be dealt with."""
-    valid, times = request.valid, request.times(len(currents))
+    valid, times = request.valid, request.times(currents.shape[0])
     paired = constant and params.refract_time is not None and state.v.dtype in (jnp.float32, jnp.float64)
 
     def settle(pending, t, live):
@@ -37,7 +37,7 @@ def run(
         return (pending, request.summarise(summaries, s, t)), request.observe(new, s)
 
     if valid is None:
-        live_before = jnp.arange(len(currents)) > 0  # before the first step there is nothing to settle
+        live_before = jnp.arange(currents.shape[0]) > 0  # before the first step there is nothing to settle
     else:
         live_before = jnp.concatenate([jnp.zeros_like(valid[:1]), valid[:-1]])
     t_before = jnp.concatenate([times[:1], times[:-1]])

@@ -22,7 +22,7 @@ def run(
         new, s = freeze(live, (new, new.s), (old, jnp.zeros_like(old.s)))
         return (new, request.summarise(summaries, s, t)), request.observe(new, s)
 
-    xs = (currents, request.times(len(currents)), request.valid)
+    xs = (currents, request.times(currents.shape[0]), request.valid)
     carry = (state, request.summaries(state))
     (state, summaries), out = scan(body, carry, xs, request.checkpoint_every, unroll)
     return state, out | summaries
