@@ -34,6 +34,7 @@ class _Neurons(nn.Module):
     dtype: DTypeLike = "float32"
     learn: tuple[str, ...] = ()
 
+    @nn.nowrap  # otherwise `tabulate` shows this call in place of the layer's own
     def _hyper(self) -> dict[str, Any]:
         others = ("features", "dt", "learn", "time_major", "parent", "name")
         names = [field.name for field in dataclasses.fields(self) if field.name not in others]
@@ -51,6 +52,7 @@ class _Neurons(nn.Module):
 
         self.stored = {name: self.param(name, init, name) for name in names}
 
+    @nn.nowrap
     def slif_params(self) -> SLIFParams:
         """The parameters of the cell now, for `slif.simulate` and its like."""
         return _layers.assemble(_layers.given_params(self.features, self._hyper()), self.stored)

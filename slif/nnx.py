@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _layers
+from slif._check import FLAGS, LEAVES
 from slif.cell import init_params
 from slif.surrogate import Surrogate
 from slif.types import SLIFParams, SLIFState
@@ -20,9 +21,7 @@ class Fixed(nnx.Variable):
     """Parameters that are not trained: state of the module, saved with it, but no `nnx.Param`."""
 
 
-def _value(variable: nnx.Variable) -> Any:
-    # `get_value` came after Flax 0.11, where `value` is not yet deprecated.
-    return variable.get_value() if hasattr(variable, "get_value") else variable.value
+_NUMBER = "fixed_surrogate_"
 
 
 class _Neurons(nnx.Module):
@@ -63,16 +62,38 @@ class _Neurons(nnx.Module):
             "dtype": dtype,
         }
         hyper, key = _layers.switch_on(hyper, learn), rngs.params()
-        self.features, self.dt = features, dt
-        self.given = Fixed(init_params(key, features, **hyper))
-        self.learned = tuple(name for name in _layers.stored_names(hyper, learn) if not name.startswith("fixed_"))
+        params, names = init_params(key, features, **hyper), _layers.stored_names(hyper, learn)
+        self.features, self.dt, self.dtype = features, dt, params.thr.dtype
+        self.static = tuple(getattr(params, name) for name in FLAGS), params.surrogate.replace(numbers={})
+        self.learned = tuple(name for name in names if not name.startswith("fixed_"))
         for name, value in _layers.stored_values(key, features, hyper, self.learned).items():
             setattr(self, name, nnx.Param(value))
+        # One array a variable, so that a module can be restored from a pure dict, as Orbax gives it back.
+        given = {f"fixed_{name}": getattr(params, name) for name in LEAVES if f"learned_{name}" not in self.learned}
+        given |= {f"{_NUMBER}{name}": jnp.asarray(x, self.dtype) for name, x in params.surrogate.numbers.items()}
+        self.given = tuple(name for name, value in given.items() if value is not None)
+        for name in self.given:
+            setattr(self, name, Fixed(given[name]))
 
     def slif_params(self) -> SLIFParams:
         """The parameters of the cell now, for `slif.simulate` and its like."""
-        given = jax.lax.stop_gradient(_value(self.given))
-        return _layers.assemble(given, {name: getattr(self, name)[...] for name in self.learned})
+        return _params(self)
+
+
+def _params(module: _Neurons) -> SLIFParams:
+    # No method, which `nnx.tabulate` would show as a layer of its own.
+    given = {name: jax.lax.stop_gradient(getattr(module, name)[...]) for name in module.given}
+    learned = {name: getattr(module, name)[...] for name in module.learned}
+    flags, surrogate = module.static
+    numbers = {name.removeprefix(_NUMBER): given.pop(name) for name in module.given if name.startswith(_NUMBER)}
+    leaves = {name.removeprefix("fixed_"): x for name, x in given.items()}
+    leaves |= {name.removeprefix("learned_"): x for name, x in learned.items() if name.startswith("learned_")}
+    params = SLIFParams(
+        **{name: x.astype(module.dtype) for name, x in leaves.items()},
+        surrogate=surrogate.replace(numbers=numbers),
+        **dict(zip(FLAGS, flags, strict=True)),
+    )
+    return _layers.assemble(params, learned)
 
 
 class SLIFCell(_Neurons, nnx.RNNCellBase):
@@ -81,8 +102,8 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
         (state, k), s = cell((state, k), j)   with   state = step(params, state, j, k dt, dt)
 
     Thresholds with jitter and the inhibition matrix are those of `slif.init_params` with the key `rngs.params()`. What
-    is not learned is held in one `Fixed` variable, saved with the module but no `nnx.Param`: optimisers and weight
-    decay leave it alone.
+    is not learned is held in `Fixed` variables, saved with the module but no `nnx.Param`: optimisers and weight decay
+    leave it alone.
 
     Args:
         features: the number of units, N.
@@ -113,12 +134,12 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs)
+        return _layers.run_cell(_params(self), self.dt, carry, inputs)
 
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> _layers.Carry:
         """The cell at rest, with the thresholds of the module; `rngs` and `carry_init` are not used."""
         del rngs, carry_init
-        return _layers.initial_carry(self.slif_params(), input_shape)
+        return _layers.initial_carry(_params(self), input_shape)
 
     @property
     def num_feature_axes(self) -> int:
@@ -181,7 +202,7 @@ class SLIF(_Neurons):
             and the state.
         """
         return _layers.run_sequence(
-            self.slif_params(),
+            _params(self),
             self.dt,
             x,
             time_major=self.time_major,

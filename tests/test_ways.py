@@ -135,7 +135,7 @@ def linen_rnn(p, s, x, dt, arguments):
 
 
 def with_thresholds(module, p):
-    module.given = slif.nnx.Fixed(module.given.get_value().replace(thr=p.thr))
+    module.fixed_thr = slif.nnx.Fixed(p.thr)
     return module
 
 
