@@ -74,13 +74,15 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
 
 
 def number(name: str, value: Any, dtype: Any) -> Array | float:
-    """One number: a jax.Array as it is, anything else as a Python float, which jit takes without a new signature."""
+    """A jax.Array as it is, anything else as a Python float, which jit takes without a new signature."""
+    if isinstance(value, jax.Array):
+        return value
     # NumPy takes twenty times as long as this for what is plainly within the range of any dtype.
     if type(value) in (float, int) and (1e-4 < value < 6e4 or (value == 0 and RULES[name].allowed)):
         return float(value)
     array = real(name, value, dtype)
     shaped(name, array.shape, 0)
-    return array if isinstance(array, jax.Array) else float(array)
+    return float(array)
 
 
 def values(params: Any) -> SLIFParams:
@@ -182,6 +184,12 @@ def shaped(name: str, shape: tuple[int, ...], n_units: int, rule: Rule | None = 
         raise ValueError(f"{name}: expected shape [..., N], got a scalar")
 
 
+def scalars(**numbers: Any) -> None:
+    """That each is one real number."""
+    for name, x in numbers.items():
+        shaped(name, real(name, jnp.asarray(x)).shape, 0)
+
+
 def signature(params: SLIFParams, state: SLIFState | None = None) -> None:
     """That the leaves of params fit each other, and those of the state them."""
     thr = real("thr", params.thr)
@@ -259,7 +267,9 @@ def put(value: Any, dtype: Any) -> Array:
 
 
 def scalar(name: str, value: Any, dtype: Any) -> Array:
-    return put(number(name, value, dtype), dtype)
+    value = put(number(name, value, dtype), dtype)
+    scalars(**{name: value})
+    return value
 
 
 def params(value: Any) -> SLIFParams:

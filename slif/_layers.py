@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from slif import _check
+from slif._mesh import follow
 from slif.cell import advance, init_params, init_state, is_off, prepare
 from slif.simulation import simulate
 from slif.surrogate import secant
@@ -115,15 +116,17 @@ def run_cell(params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array) -> 
 def _run_cell(params: SLIFParams, dt: Array, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
     state, count = carry
     _check.signature(params, state)
+    _check.scalars(dt=dt)
     _check_features(inputs.shape, params.n_units)
     _check.current("inputs", inputs, state.v.shape)
     if count.shape != state.v.shape[:-1]:
         raise ValueError(f"carry: expected a step count of shape {state.v.shape[:-1]}, got shape {count.shape}")
+    params, state, currents, _ = follow(params, state, inputs[None])
     dtype = params.thr.dtype
     dt = jnp.asarray(dt).astype(dtype)
     t = (count.astype(_wide(dtype)) * dt.astype(_wide(dtype)))[..., None]
     params, t, dt = prepare(params, state.v.ndim, t, dt)
-    state = advance(params, state, inputs, t, dt)
+    state = advance(params, state, currents[0], t, dt)
     return (state, count + 1), state.s
 
 

@@ -1,9 +1,12 @@
-"""Arrays on a mesh: what differs between devices, inside `jax.shard_map`."""
+"""Arrays on a mesh: what differs between devices inside `jax.shard_map`, and what is sharded over explicit axes."""
 
 from typing import Any
 
 import jax
 from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from slif.types import SLIFParams, SLIFState
 
 
 def varying(array: Array) -> frozenset[str]:
@@ -24,3 +27,41 @@ def alike(tree: Any) -> Any:
         return lax.pcast(x, more, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, more)
 
     return jax.tree.map(cast, tree) if axes else tree
+
+
+def follow(params: SLIFParams, state: SLIFState, currents: Array, valid: Array | None = None) -> tuple[Any, ...]:
+    """All of them with the sharding of the currents [T, ..., N], on a mesh whose axes are explicit.
+
+    There a state at rest is replicated like any new array, and JAX refuses to mix it with what is not. Axes that only
+    the state is sharded over, the currents take from it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return params, state, currents, valid
+    time, *own = _names(currents)
+    row = [a if a is not None else b for a, b in zip(own, _names(state.v), strict=True)]
+
+    def place(x: Array, *names: Any) -> Array:
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+    def units(x: Array) -> Array:
+        return x if x.shape[-1:] != params.thr.shape[-1:] else place(x, *[None] * (x.ndim - 1), row[-1])
+
+    return (
+        jax.tree.map(units, params),
+        jax.tree.map(lambda x: place(x, *row), state),
+        place(currents, time, *row),
+        valid if valid is None else place(valid, time, *row[:-1]),
+    )
+
+
+def gathered(s: Array) -> Array:
+    """s with its units on every device, for a product over them, on a mesh whose axes are explicit."""
+    *batch, units = _names(s)
+    return s if units is None else jax.sharding.reshard(s, PartitionSpec(*batch, None))
+
+
+def _names(x: Array) -> list[Any]:
+    """The mesh axes that each axis of x is sharded over explicitly, or None."""
+    spec = jax.typeof(x).sharding.spec
+    return [*spec, *[None] * (x.ndim - len(spec))]

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check
+from slif._mesh import follow, gathered
 from slif.surrogate import Surrogate, emit, fire_and_reset, secant, spike
 from slif.types import FIELDS, SLIFParams, SLIFState
 
@@ -19,7 +20,7 @@ def drive(params: SLIFParams, s: Array, j: Array) -> Array:
     i = j * params.resist_m
     if params.resist_inh is None or params.inh_weights is None:
         return i
-    return jnp.where(params.resist_inh > 0, i - jnp.dot(s, params.inh_weights) * params.resist_inh, i)
+    return jnp.where(params.resist_inh > 0, i - jnp.dot(gathered(s), params.inh_weights) * params.resist_inh, i)
 
 
 def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
@@ -300,8 +301,10 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
 def _step(params: SLIFParams, state: SLIFState, j: Array, t: Array, dt: Array) -> SLIFState:
     _check.signature(params, state)
     _check.current("j", j, state.v.shape)
+    _check.scalars(t=t, dt=dt)
+    params, state, currents, _ = follow(params, state, j[None])
     params, t, dt = prepare(params, state.v.ndim, t, dt)
-    return advance(params, state, j, t, dt)
+    return advance(params, state, currents[0], t, dt)
 
 
 def reset(

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check
-from slif._mesh import alike
+from slif._mesh import alike, follow
 from slif.cell import drive, prepare
 from slif.loops.choose import choose
 from slif.loops.request import RECORDS, Request
@@ -103,10 +103,12 @@ def _simulate(
 ) -> tuple[SLIFState, dict[str, Array]]:
     _check.signature(params, state)
     _check.current("currents", currents, (None, *state.v.shape))
+    _check.scalars(dt=request.dt, t0=request.t0)
     if request.valid is not None:
         _check.mask("valid", request.valid, currents.shape[:-1])
+    params, state, currents, valid = follow(params, state, currents, request.valid)
     params, dt, t0 = prepare(params, state.v.ndim, request.dt, request.t0)
-    request = request.replace(dt=dt, t0=t0)
+    request = request.replace(dt=dt, t0=t0, valid=valid)
     params, state, currents, request = alike((params, state, currents, request))
 
     elementwise = params.surrogate.wrt == "current" and params.resist_inh is None and currents.shape[0] > 0
