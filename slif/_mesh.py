@@ -35,8 +35,8 @@ def follow(params: SLIFParams, state: SLIFState, currents: Array, valid: Array |
     There a state at rest is replicated like any new array, and JAX refuses to mix it with what is not. Axes that only
     the state is sharded over, the currents take from it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+    mesh = next((m for x in (currents, state.v) if not (m := jax.typeof(x).sharding.mesh).empty), None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return params, state, currents, valid
     time, *own = _names(currents)
     row = [a if a is not None else b for a, b in zip(own, _names(state.v), strict=True)]
@@ -58,7 +58,9 @@ def follow(params: SLIFParams, state: SLIFState, currents: Array, valid: Array |
 def gathered(s: Array) -> Array:
     """s with its units on every device, for a product over them, on a mesh whose axes are explicit."""
     *batch, units = _names(s)
-    return s if units is None else jax.sharding.reshard(s, PartitionSpec(*batch, None))
+    if units is None:
+        return s
+    return jax.sharding.reshard(s, NamedSharding(jax.typeof(s).sharding.mesh, PartitionSpec(*batch, None)))
 
 
 def _names(x: Array) -> list[Any]:

@@ -84,9 +84,9 @@ def _positive(numbers: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
 
 
 def _flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected a bool, got {value!r}")
-    return value
+    return bool(value)
 
 
 def secant(c1: ArrayLike = 0.82, c2: ArrayLike = 0.08, squared: bool = False, scaled: bool = False) -> Surrogate:
