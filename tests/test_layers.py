@@ -259,7 +259,7 @@ def test_huge_steps_of_an_optimiser_leave_valid_parameters(framework, step):
     layer = make(framework, **LEARN_ALL)
 
     def move(path, leaf):
-        return leaf if "given" in jax.tree_util.keystr(path) else leaf + step
+        return leaf if "fixed" in jax.tree_util.keystr(path) else leaf + step
 
     variables = jax.tree_util.tree_map_with_path(move, layer.variables)
     params = layer.params(variables)
