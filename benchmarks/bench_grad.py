@@ -2,9 +2,10 @@
 
     python benchmarks/bench_grad.py [--json FILE] [--repeats R] [--shapes S] [--peers NAME ...]
 
-Forward + backward returns the raster and the gradient of the currents [T, B, N] for a given cotangent of the raster.
-What the packages run is told in peers.py. Two further tables show what the secant's gradient costs over the forward
-pass, and the memory that `checkpoint_every` saves.
+Forward returns the raster; forward + backward that and the gradient of the currents [T, B, N] for a given cotangent of
+the raster. slif and the plain scan are also compiled to return the final state beside these (of the plain scan, its
+voltage); ratios are within rows that return the same. What the packages run is told in peers.py. Two further tables
+show what the secant's gradient costs over the forward pass, and the memory that `checkpoint_every` saves.
 """
 
 import argparse
@@ -24,8 +25,13 @@ import slif
 SURROGATES = {"slif secant": slif.secant(), "slif voltage": slif.arctan()}
 
 
+def slif_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple[jax.Array, slif.SLIFState]:
+    state, out = slif.simulate(params, state, currents, dt=cases.DT)
+    return out["s"], state
+
+
 def slif_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> jax.Array:
-    return slif.simulate(params, state, currents, dt=cases.DT)[1]["s"]
+    return slif_run(params, state, currents)[0]
 
 
 @jax.custom_jvp
@@ -36,7 +42,7 @@ def heaviside(x: jax.Array) -> jax.Array:
 heaviside.defjvps(lambda dx, _, x: dx / (1 + (jnp.pi * x) ** 2))
 
 
-def textbook_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> jax.Array:
+def textbook_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The obvious scan, differentiated by JAX, with the arc tangent of `slif.arctan` and a detached reset."""
 
     def body(v, j):
@@ -44,7 +50,12 @@ def textbook_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: ja
         z = heaviside(u - params.thr)
         return u * (1 - jax.lax.stop_gradient(z)), z
 
-    return jax.lax.scan(body, state.v, currents)[1]
+    v, raster = jax.lax.scan(body, state.v, currents)
+    return raster, v
+
+
+def textbook_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> jax.Array:
+    return textbook_run(params, state, currents)[0]
 
 
 def both(raster: Callable, params: Any, state: Any, currents: jax.Array, bar: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -52,50 +63,72 @@ def both(raster: Callable, params: Any, state: Any, currents: jax.Array, bar: ja
     return s, pull(bar)[0]
 
 
-def check(results: dict[str, tuple[Any, Any]], params: slif.SLIFParams, currents: np.ndarray, bar: np.ndarray) -> None:
+def both_and_state(run: Callable, params: Any, state: Any, currents: jax.Array, bar: jax.Array) -> tuple:
+    s, pull, final = jax.vjp(functools.partial(run, params, state), currents, has_aux=True)
+    return s, pull(bar)[0], final
+
+
+RUNS: dict[str, dict[str, Callable]] = {
+    cases.SPIKES: {"slif": slif_raster, "textbook": textbook_raster, "gradient": both},
+    cases.BOTH: {"slif": slif_run, "textbook": textbook_run, "gradient": both_and_state},
+}
+
+
+def check(
+    results: dict[tuple[str, str], tuple], params: slif.SLIFParams, currents: np.ndarray, bar: np.ndarray
+) -> None:
     """Every raster but Norse's is the same up to ties; gradients are the closed form and the plain scan's."""
     i = currents * np.asarray(params.resist_m)
-    np.testing.assert_allclose(results["slif secant"][1], bar * (i > 0) / np.cosh(0.08 * i), rtol=1e-5)
-    expected_s, expected = (np.asarray(array) for array in results["slif voltage"])
-    for name, (s, gradient) in results.items():
+    expected_s, expected = (np.asarray(array) for array in results["slif voltage", cases.SPIKES])
+    for (name, returns), (s, gradient, *_) in results.items():
         same = np.mean(np.asarray(s) == expected_s)
         if name != "norse":
-            assert same > 0.999, f"{name}: only {same:.4%} of the spikes agree"
-        if name in ("textbook scan", "spikingjelly"):
+            assert same > 0.999, f"{name}, {returns}: only {same:.4%} of the spikes agree"
+        if name == "slif secant":
+            np.testing.assert_allclose(gradient, bar * (i > 0) / np.cosh(0.08 * i), rtol=1e-5)
+        if name in ("slif voltage", "textbook scan", "spikingjelly"):
             close = np.isclose(np.asarray(gradient), expected, rtol=1e-3, atol=1e-5).mean()
-            assert close > 0.99, f"{name}: only {close:.4%} of the gradient agrees"
+            assert close > 0.99, f"{name}, {returns}: only {close:.4%} of the gradient agrees"
+    voltage = results["textbook scan", cases.BOTH][2]
+    for name in SURROGATES:
+        close = np.isclose(results[name, cases.BOTH][2].v, voltage, rtol=1e-3, atol=1e-5).mean()
+        assert close > 0.99, f"{name}: only {close:.4%} of the final voltages agree"
 
 
 def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list[dict[str, Any]]:
-    """One row for each implementation at this shape."""
+    """A row for each implementation, and for slif and the plain scan for each of what they return, at this shape."""
     currents, bar = cases.make_currents(shape), np.random.default_rng(1).normal(size=shape).astype(np.float32)
     x, x_bar = jnp.asarray(currents), jnp.asarray(bar)
     forwards, boths, compiling = {}, {}, {}
     params = cases.make_params(shape[-1])
     state = slif.init_state(params, shape[1])
-    for name in (*SURROGATES, "textbook scan"):
-        raster = slif_raster if name in SURROGATES else textbook_raster
-        arguments = (params.replace(surrogate=SURROGATES.get(name, params.surrogate)), state, x)
-        forward, _ = cases.compile_seconds(raster, *arguments)
-        backward, compiling[name] = cases.compile_seconds(functools.partial(both, raster), *arguments, x_bar)
-        forwards[name] = functools.partial(forward, *arguments)
-        boths[name] = functools.partial(backward, *arguments, x_bar)
+    for returns, functions in RUNS.items():
+        for name in (*SURROGATES, "textbook scan"):
+            run, gradient = functions["slif" if name in SURROGATES else "textbook"], functions["gradient"]
+            arguments = (params.replace(surrogate=SURROGATES.get(name, params.surrogate)), state, x)
+            key = name, returns
+            forward, _ = cases.compile_seconds(run, *arguments)
+            backward, compiling[key] = cases.compile_seconds(functools.partial(gradient, run), *arguments, x_bar)
+            forwards[key] = functools.partial(forward, *arguments)
+            boths[key] = functools.partial(backward, *arguments, x_bar)
     for name in names:
-        forwards[name], boths[name] = peers.torch_forward(name, currents), peers.torch_both(name, currents, bar)
+        forwards[name, cases.SPIKES] = peers.torch_forward(name, currents)
+        boths[name, cases.SPIKES] = peers.torch_both(name, currents, bar)
 
-    check({name: run() for name, run in boths.items()}, params, currents, bar)
+    check({key: run() for key, run in boths.items()}, params, currents, bar)
     forward, backward = cases.median_seconds(forwards, repeats), cases.median_seconds(boths, repeats)
     return [
         {
             "shape": shape,
             "name": name,
-            "forward_ms": 1e3 * forward[name],
-            "forward_backward_ms": 1e3 * backward[name],
-            "times_secant": backward[name] / backward["slif secant"],
-            "times_voltage": backward[name] / backward["slif voltage"],
-            "compile_s": compiling.get(name),
+            "returns": returns,
+            "forward_ms": 1e3 * forward[name, returns],
+            "forward_backward_ms": 1e3 * backward[name, returns],
+            "times_secant": backward[name, returns] / backward["slif secant", returns],
+            "times_voltage": backward[name, returns] / backward["slif voltage", returns],
+            "compile_s": compiling.get((name, returns)),
         }
-        for name in boths
+        for name, returns in boths
     ]
 
 
@@ -145,13 +178,14 @@ def main() -> None:
     options = parser.parse_args()
     shapes = cases.SHAPES[: options.shapes]
 
-    print(f"{'T, B, N':<18}{'':<16}{'forward':>10}{'+ backward':>12}{'x secant':>10}{'x voltage':>11}{'compile':>10}")
+    print(f"{'T, B, N':<18}{'returns':<16}{'':<14}{'forward':>10}{'+ backward':>12}", end="")
+    print(f"{'x secant':>10}{'x voltage':>11}{'compile':>10}")
     rows = []
     for shape in shapes:
         for row in compare(shape, options.repeats, peers.installed(options.peers)):
             compiling = "" if row["compile_s"] is None else f"{row['compile_s']:.2f} s"
             print(
-                f"{', '.join(map(str, shape)):<18}{row['name']:<16}{row['forward_ms']:>7.2f} ms"
+                f"{', '.join(map(str, shape)):<18}{row['returns']:<16}{row['name']:<14}{row['forward_ms']:>7.2f} ms"
                 f"{row['forward_backward_ms']:>9.2f} ms{row['times_secant']:>10.2f}{row['times_voltage']:>11.2f}"
                 f"{compiling:>10}",
                 flush=True,

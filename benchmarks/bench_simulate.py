@@ -3,13 +3,16 @@
     python benchmarks/bench_simulate.py [--json FILE] [--png FILE] [--repeats R] [--shapes T,B,N ...] [--peers NAME ...]
     python benchmarks/bench_simulate.py --growth [--json FILE] [--png FILE] [--repeats R]
 
-Each row gives the spikes and the final state of T steps of B x N units; an update is one step of one unit. The plain
-scan is the cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
+Each row runs T steps of B x N units; an update is one step of one unit. slif and the plain scan are compiled twice: to
+return the spikes alone, as is usual in training, where XLA drops from the loop what only the final state needs, and to
+return the spikes and the final state. "x slif" and "x bool" are against slif returning the same. The plain scan is the
+cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
 Other packages run their nearest cell (see peers.py), which for all but ngc-learn has no refractory period, and are set
-against the first two mechanisms. "of copy" is the share of the bandwidth of one elementwise pass over the currents
-that the spikes and currents of slif's run make up.
+against the first two mechanisms. They are timed once, giving spikes, and stand beside both; the scans of ngc-learn and
+spyx return their final state too. "of copy" is the share of the bandwidth of one elementwise pass over the currents
+that the spikes and currents of a run make up.
 
-`--growth` times it against T, B and N over three decades each.
+`--growth` times it, final state included, against T, B and N over three decades each.
 """
 
 import argparse
@@ -37,6 +40,8 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 COMPARED = ("plain", "refractory")  # with other packages
 LARGEST_MATRIX = 1024  # units; beyond, the matrix of inhibition is all that is timed
 FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
+RETURNS = (cases.SPIKES, cases.BOTH)
+Runs = dict[tuple[str, str], Callable[[], Any]]  # by name and what is returned
 
 
 def slif_run(spikes: Any, params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple:
@@ -55,16 +60,19 @@ def plain_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Arra
         if p.inh_weights is not None:
             i = i - (s @ p.inh_weights) * p.resist_inh
         h = jnp.where(i > 0, 2 * jnp.exp(-0.08 * jnp.abs(i)) / (1 + jnp.exp(-0.16 * jnp.abs(i))), 0)
-        ready = rfr >= p.refract_time
-        u = jnp.where(ready, v + ((i - v) * (1 / p.tau_m)) * dt, v)
+        u = v + ((i - v) * (1 / p.tau_m)) * dt
+        if p.refract_time is not None:
+            u = jnp.where(rfr >= p.refract_time, u, v)
         z = (u > thr).astype(u.dtype)
         v = jnp.where(z > 0, 0, u)
         if p.rho_b is not None:
             thr = jnp.maximum(thr + (z.sum(-1, keepdims=True) - 1) * p.rho_b, 0.025)
         elif p.thr_gain is not None:
             thr = (thr + z * p.thr_gain) - thr * p.thr_leak
+        s = z
+        if p.refract_time is not None and p.sticky_spikes:
+            s = jnp.where(rfr >= p.refract_time, z, 1)
         rfr = jnp.where(z > 0, dt, rfr + dt)
-        s = jnp.where(ready, z, 1) if p.sticky_spikes else z
         tols = jnp.where(s > 0, t, tols)
         return (i, v, s, thr, rfr, tols, h), s
 
@@ -73,103 +81,136 @@ def plain_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Arra
     return dict(zip(FIELDS, carry, strict=True)), raster
 
 
-def check(runs: dict[str, Callable], mechanism: str) -> None:
+def spikes_alone(function: Callable) -> Callable:
+    return lambda *inputs: function(*inputs)[1]
+
+
+OWN: dict[str, Callable] = {
+    "slif": functools.partial(slif_run, jnp.float32),
+    "slif, bool": functools.partial(slif_run, jnp.bool_),
+    "plain scan": plain_run,
+}
+
+
+def check(runs: Runs, mechanism: str) -> None:
     """slif's spikes are the plain scan's, and its state to rounding; other packages' spikes up to ties."""
-    state, s = runs["plain scan"]()
+    state, s = runs["plain scan", cases.BOTH]()
     expected = np.asarray(s)
-    for name in ("slif", "slif, bool"):
-        own_state, own = runs[name]()
-        np.testing.assert_array_equal(np.asarray(own, np.float32), expected, err_msg=name)
-        for field in FIELDS:
-            np.testing.assert_allclose(own_state[field], state[field], rtol=1e-5, atol=1e-6, err_msg=f"{name}, {field}")
-    for name, run in runs.items():
-        same_equations = name == "ngclearn" or (name in ("snntorch", "spikingjelly") and mechanism == "plain")
-        if same_equations:
-            same = np.mean(np.asarray(run()) == expected)
+    for (name, returns), run in runs.items():
+        result = run()
+        if name in OWN:
+            own = result[1] if returns == cases.BOTH else result
+            np.testing.assert_array_equal(np.asarray(own, np.float32), expected, err_msg=f"{name}, {returns}")
+        elif name == "ngclearn" or (name in ("snntorch", "spikingjelly") and mechanism == "plain"):  # the same equations
+            same = np.mean(np.asarray(result) == expected)
             assert same > 0.999, f"{name}: only {same:.4%} of the spikes agree"
+        for field in FIELDS if name in OWN and returns == cases.BOTH else ():
+            message = f"{name}, {field}"
+            np.testing.assert_allclose(result[0][field], state[field], rtol=1e-5, atol=1e-6, err_msg=message)
+
+
+def compile_own(inputs: tuple) -> tuple[Runs, dict[tuple[str, str], float]]:
+    """slif and the plain scan, for either that they return, and the seconds that compiling took."""
+    runs, compiling = {}, {}
+    for name, function in OWN.items():
+        for returns in RETURNS:
+            wanted = function if returns == cases.BOTH else spikes_alone(function)
+            compiled, compiling[name, returns] = cases.compile_seconds(wanted, *inputs)
+            runs[name, returns] = functools.partial(compiled, *inputs)
+    return runs, compiling
+
+
+def peer_runs(currents: np.ndarray, arguments: dict[str, Any], names: list[str]) -> Runs:
+    runs: Runs = {}
+    for name in names:
+        if name == "ngclearn":
+            runs[name, cases.SPIKES] = peers.ngclearn_forward(currents, **arguments)
+        elif name == "spyx":
+            runs[name, cases.SPIKES] = peers.spyx_forward(currents)
+        else:
+            runs[name, cases.SPIKES] = peers.torch_forward(name, currents)
+    return runs
 
 
 def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: list[str]) -> list[dict[str, Any]]:
-    """One row for each implementation at this shape."""
+    """A row for each implementation and each of what it returns, at this shape."""
     arguments = MECHANISMS[mechanism]
+    names = names if mechanism in COMPARED else []
     currents = cases.make_currents(shape)
     params = cases.make_params(shape[-1], **arguments)
     inputs = (params, slif.init_state(params, shape[1]), jnp.asarray(currents))
-    functions = {
-        "slif": functools.partial(slif_run, jnp.float32),
-        "slif, bool": functools.partial(slif_run, jnp.bool_),
-        "plain scan": plain_run,
-    }
-    runs, compiling = {}, {}
-    for name, function in functions.items():
-        compiled, compiling[name] = cases.compile_seconds(function, *inputs)
-        runs[name] = functools.partial(compiled, *inputs)
-    for name in names if mechanism in COMPARED else []:
-        if name == "ngclearn":
-            runs[name] = peers.ngclearn_forward(currents, **arguments)
-        elif name == "spyx":
-            runs[name] = peers.spyx_forward(currents)
-        else:
-            runs[name] = peers.torch_forward(name, currents)
+    runs, compiling = compile_own(inputs)
+    runs |= peer_runs(currents, arguments, names)
     check(runs, mechanism)
     copy, _ = cases.compile_seconds(lambda x: x + 1, inputs[-1])
-    seconds = cases.median_seconds(runs | {"copy": functools.partial(copy, inputs[-1])}, repeats, budget=8.0)
-    size, bandwidth = int(np.prod(shape)), 2 * currents.nbytes / seconds["copy"]
+    runs["copy", ""] = functools.partial(copy, inputs[-1])
+    seconds = cases.median_seconds(runs, repeats, budget=8.0)
+    size, bandwidth = int(np.prod(shape)), 2 * currents.nbytes / seconds["copy", ""]
     rows = []
-    for name in runs:
-        moved = currents.itemsize + (1 if name == "slif, bool" else 4)
-        rows.append(
-            {
-                "shape": shape,
-                "mechanism": mechanism,
-                "name": name,
-                "ms": 1e3 * seconds[name],
-                "G_updates_s": size / seconds[name] / 1e9,
-                "bytes_an_update": moved,
-                "of_copy": size * moved / seconds[name] / bandwidth,
-                "slif_is_faster": seconds[name] / seconds["slif"],
-                "bool_is_faster": seconds[name] / seconds["slif, bool"],
-                "compile_s": compiling.get(name),
-            }
-        )
+    for returns in RETURNS:
+        for name in (*OWN, *names):
+            taken = seconds[name, returns if name in OWN else cases.SPIKES]
+            moved = currents.itemsize + (1 if name == "slif, bool" else 4)
+            rows.append(
+                {
+                    "shape": shape,
+                    "mechanism": mechanism,
+                    "returns": returns,
+                    "name": name,
+                    "ms": 1e3 * taken,
+                    "G_updates_s": size / taken / 1e9,
+                    "bytes_an_update": moved,
+                    "of_copy": size * moved / taken / bandwidth,
+                    "slif_is_faster": taken / seconds["slif", returns],
+                    "bool_is_faster": taken / seconds["slif, bool", returns],
+                    "compile_s": compiling.get((name, returns)),
+                }
+            )
     return rows
 
 
 def print_row(row: dict[str, Any]) -> None:
     own = row["compile_s"] is not None
     print(
-        f"{', '.join(map(str, row['shape'])):<17}{row['mechanism']:<12}{row['name']:<13}{row['ms']:>9.2f}"
-        f"{row['G_updates_s']:>9.3f}{row['bytes_an_update']:>7}{row['of_copy']:>9.2f}"
+        f"{', '.join(map(str, row['shape'])):<17}{row['mechanism']:<12}{row['returns']:<16}{row['name']:<13}"
+        f"{row['ms']:>9.2f}{row['G_updates_s']:>9.3f}{row['bytes_an_update']:>7}{row['of_copy']:>9.2f}"
         f"{row['slif_is_faster']:>9.2f}{row['bool_is_faster']:>8.2f}" + (f"{row['compile_s']:>10.2f}" if own else ""),
         flush=True,
     )
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Updates a second of the refractory cell, by shape."""
+    """Updates a second of the refractory cell, by shape: a panel for each of what is returned."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row["mechanism"] == "refractory"]
-    names = list(dict.fromkeys(row["name"] for row in rows))
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(9, 7), layout="constrained", sharex=True, sharey=True)
+    for panel, returns in zip(panels, RETURNS, strict=True):
+        draw_bars(panel, [row for row in rows if row["returns"] == returns], shapes)
+        panel.set_title(returns, loc="left", fontsize=10)
+        panel.set_ylabel("G updates/s (log)")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(y=0.15)
+    panels[0].set_yscale("log")
+    panels[1].set_xticks(range(len(shapes)), ["T, B, N = " + ", ".join(map(str, shape)) for shape in shapes])
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=len(names), fontsize=8, frameon=False, loc="outside upper center")
+    figure.savefig(path, dpi=110)
+
+
+def draw_bars(panel: Any, rows: list[dict[str, Any]], shapes: list[tuple[int, int, int]]) -> None:
+    names = list(dict.fromkeys(row["name"] for row in rows))
     width = 0.86 / len(names)
     colours = ["#08519c", "#4292c6", "#969696", "#a63603", "#e6550d", "#fd8d3c", "#fdbe85", "#feedde"]
     for k, name in enumerate(names):
         speed = {row["shape"]: row["G_updates_s"] for row in rows if row["name"] == name}
         at = [n + (k - (len(names) - 1) / 2) * width for n, shape in enumerate(shapes) if shape in speed]
-        bars = axes.bar(at, list(speed.values()), width, label=name, color=colours[k % len(colours)])
-        axes.bar_label(bars, fmt="%.2g", fontsize=7, padding=1)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(shapes)), ["T, B, N = " + ", ".join(map(str, shape)) for shape in shapes])
-    axes.set_ylabel("G updates/s (log)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.15)
-    axes.legend(ncols=len(names), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.12))
-    figure.savefig(path, dpi=110)
+        bars = panel.bar(at, list(speed.values()), width, label=name, color=colours[k % len(colours)])
+        panel.bar_label(bars, fmt="%.2g", fontsize=7, padding=1)
 
 
 def growth(repeats: int, path: str | None) -> list[dict[str, Any]]:
@@ -246,8 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.growth:
         rows = growth(options.repeats, options.png)
     else:
-        print(f"{'T, B, N':<17}{'mechanism':<12}{'':<13}{'ms':>9}{'G upd/s':>9}{'bytes':>7}{'of copy':>9}", end="")
-        print(f"{'x slif':>9}{'x bool':>8}{'compile s':>10}")
+        print(f"{'T, B, N':<17}{'mechanism':<12}{'returns':<16}{'':<13}{'ms':>9}{'G upd/s':>9}", end="")
+        print(f"{'bytes':>7}{'of copy':>9}{'x slif':>9}{'x bool':>8}{'compile s':>10}")
         rows = []
         for shape in options.shapes:
             large = np.prod(shape) > 10**8  # of 800 MB and more: the two mechanisms that are compared, and no peers

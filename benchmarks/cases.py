@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ import slif
 
 SHAPES = ((1000, 1, 1000), (500, 16, 1024), (100, 250, 1000))  # T, B, N
 DT, TAU_M, THR = 1.0, 20.0, 0.4
+SPIKES, BOTH = "spikes", "spikes + state"  # what a compiled function returns
+Key = TypeVar("Key")
 
 
 def make_params(n_units: int, **arguments: Any) -> slif.SLIFParams:
@@ -32,14 +34,14 @@ def compile_seconds(run: Callable, *args: Any) -> tuple[jax.stages.Compiled, flo
     return compiled, time.perf_counter() - start
 
 
-def median_seconds(runs: dict[str, Callable[[], Any]], repeats: int, budget: float = 20.0) -> dict[str, float]:
+def median_seconds(runs: dict[Key, Callable[[], Any]], repeats: int, budget: float = 20.0) -> dict[Key, float]:
     """The median of each, warmed up; repeats are interleaved, so that a disturbance meets all alike.
 
     A run that has used up its budget of seconds is not repeated further.
     """
     for run in runs.values():
         jax.block_until_ready(run())
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             if sum(seconds[name]) > budget:
