@@ -11,15 +11,96 @@ N_DEVICES = 8
 
 
 @pytest.mark.skipif(os.environ.get("SLIF_SHARDING") is not None, reason="this is the process that it starts")
-def test_on_eight_devices():
+@pytest.mark.parametrize("part", ["main", "meshes"])
+def test_on_eight_devices(part):
     """A process of its own, since the number of devices is set when JAX starts."""
     flags = f"--xla_force_host_platform_device_count={N_DEVICES}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "SLIF_SHARDING": "1"}
     run = subprocess.run(
-        [sys.executable, Path(__file__)], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, Path(__file__), part],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=290,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == ["simulate", "sweep", "training", "shard_map"]
+    assert run.stdout.split() == {"main": ["simulate", "sweep", "training", "shard_map"], "meshes": ["96"]}[part]
+
+
+def meshes():
+    """Meshes as `jax.make_mesh` makes them, {Explicit, Auto} axes, with and without `jax.set_mesh`: as on one device,
+    in the sharding of the currents, without talk between devices."""
+    import contextlib
+    import re
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import slif
+    import slif.linen
+    import slif.nnx
+
+    n_steps, batch, n_units = 12, 8, 16
+    currents = jnp.asarray(np.random.default_rng(0).uniform(-3, 12, (n_steps, batch, n_units)), jnp.float32)
+    mask = np.arange(n_steps)[:, None] < np.arange(1, batch + 1)
+    cell = {"tau_m": 20.0, "resist_m": 1.5, "thr": 0.4, "refract_time": 1.0, "sticky_spikes": True}
+    count = 0
+    for surrogate in (slif.secant(), slif.arctan()):
+        params = slif.init_params(jax.random.key(0), n_units, **cell, surrogate=surrogate)
+        linen = slif.linen.SLIF(n_units, dt=0.25, **cell, surrogate=surrogate)
+        variables = linen.init(jax.random.key(0), currents)
+        module = slif.nnx.SLIF(n_units, dt=0.25, **cell, surrogate=surrogate, rngs=nnx.Rngs(0))
+
+        def run(x, params=params, **options):
+            record = ("s", "v", "tols", "j", "spike_count", "first_spike_time")
+            return slif.simulate(params, slif.init_state(params, batch), x, dt=0.25, record=record, **options)
+
+        def gradient(x, run=run):
+            def loss(x):
+                state, out = run(x)
+                return out["s"].sum() + (out["v"] ** 2).sum() + state.j.sum()
+
+            return jax.grad(loss)(x)
+
+        cases = {
+            "simulate": run,
+            "jit": jax.jit(run),
+            "gradient": jax.jit(gradient),
+            "windows": lambda x, p=params, run=run: slif.simulate(p, run(x[:5])[0], x[5:], dt=0.25, t0=1.25),
+            "step": lambda x, p=params: slif.step(p, slif.init_state(p, batch), x[0], 0.0, 0.25),
+            "reset": lambda x, p=params, run=run: slif.reset(p, run(x)[0]),
+            "linen": lambda x, v=variables, layer=linen: layer.apply(v, x),
+            "nnx": lambda x, module=module: module(x),
+            "valid": lambda x, run=run: run(x, valid=mask),
+            "sweep": lambda x, p=params: slif.sweep(p, x, over={"tau_m": [5.0, 20.0]}, dt=0.25),
+            "sweep over dt": lambda x, p=params: slif.sweep(p, x, over={"dt": [0.25, 1.0]}),
+            "blocks": jax.jit(lambda x, run=run: run(x, checkpoint_every=4)),
+        }
+        expected = {name: case(currents) for name, case in cases.items()}
+        for kind in (AxisType.Explicit, AxisType.Auto):
+            mesh = jax.make_mesh((N_DEVICES,), ("devices",), axis_types=(kind,))
+            for context in (contextlib.nullcontext(), jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else None):
+                if context is None:
+                    continue
+                with context:
+                    x = jax.device_put(currents, NamedSharding(mesh, P(None, "devices")))
+                    for name, case in cases.items():
+                        actual = case(x)
+                        jax.tree.map(
+                            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected[name]
+                        )
+                        count += 1
+                    text = cases["jit"].lower(x).compile().as_text() + cases["gradient"].lower(x).compile().as_text()
+                    assert not re.search(r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", text)
+                    state, out = cases["jit"](x)
+                    assert {s.data.shape for s in out["s"].addressable_shards} == {(n_steps, 1, n_units)}
+                    assert {s.data.shape for s in state.v.addressable_shards} == {(1, n_units)}
+    print(count)
 
 
 def main():
@@ -162,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    {"main": main, "meshes": meshes}[sys.argv[1]]()
