@@ -101,7 +101,8 @@ def check(runs: Runs, mechanism: str) -> None:
         if name in OWN:
             own = result[1] if returns == cases.BOTH else result
             np.testing.assert_array_equal(np.asarray(own, np.float32), expected, err_msg=f"{name}, {returns}")
-        elif name == "ngclearn" or (name in ("snntorch", "spikingjelly") and mechanism == "plain"):  # the same equations
+        same_equations = name == "ngclearn" or (name in ("snntorch", "spikingjelly") and mechanism == "plain")
+        if same_equations:
             same = np.mean(np.asarray(result) == expected)
             assert same > 0.999, f"{name}: only {same:.4%} of the spikes agree"
         for field in FIELDS if name in OWN and returns == cases.BOTH else ():
