@@ -73,7 +73,7 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
     return array
 
 
-def number(name: str, value: Any, dtype: Any) -> Array | float:
+def number(name: str, value: Any, dtype: Any) -> Any:
     """A jax.Array as it is, anything else as a Python float, which jit takes without a new signature."""
     if isinstance(value, jax.Array):
         return value

@@ -24,7 +24,9 @@ def alike(tree: Any) -> Any:
         more = tuple(sorted(axes - varying(x)))
         if not more:
             return x
-        return lax.pcast(x, more, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, more)
+        if hasattr(lax, "pcast"):
+            return lax.pcast(x, more, to="varying")
+        return lax.pvary(x, more)  # pyright: ignore[reportAttributeAccessIssue] (before jax 0.8)
 
     return jax.tree.map(cast, tree) if axes else tree
 

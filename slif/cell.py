@@ -59,8 +59,9 @@ def _fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt
     v_new = jnp.where(z > 0, 0, u) if params.surrogate.detach_reset else fire_and_reset(u, z)
     thr_new = adapt(params, thr, z)
     rfr_new = jnp.where(z > 0, dt, rfr + dt)
-    sticky = params.sticky_spikes and params.refract_time is not None
-    s = jnp.where(rfr >= params.refract_time, z, 1) if sticky else z
+    s = z
+    if params.sticky_spikes and params.refract_time is not None:
+        s = jnp.where(rfr >= params.refract_time, z, 1)
     tols_new = jnp.where(s > 0, t, tols)
 
     h = params.surrogate(i if params.surrogate.wrt == "current" else u - thr)
@@ -169,9 +170,9 @@ def init_params(
     mechanisms = {"refract_time": refract_time, "thr_gain": thr_gain, "thr_leak": thr_leak}
     mechanisms |= {"rho_b": rho_b, "resist_inh": resist_inh}
     numbers |= {name: x for name, x in mechanisms.items() if not is_off(x)}
+    numbers = {name: _check.real(name, x, dtype) for name, x in numbers.items()}
     for name, x in numbers.items():
-        numbers[name] = _check.real(name, x, dtype)
-        _check.shaped(name, numbers[name].shape, n_units, _check.Rule() if name == "thr" else None)
+        _check.shaped(name, x.shape, n_units, _check.Rule() if name == "thr" else None)
 
     draw = jnp.promote_types(dtype, jnp.float32)
     key, k = jax.random.split(key)

@@ -110,11 +110,7 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
         dt: the length of a step, ms.
         tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
             thr_jitter, surrogate, dtype: as in `slif.init_params`.
-        learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
-            logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
-            "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
-            array [N] is one a unit, thr is always [N]. With a surrogate with respect to the current, only resist_m,
-            resist_inh and inh_weights get a gradient.
+        learn: names of the parameters to train, as in `slif.linen.SLIFCell`.
         rngs: random streams, of which "params" is used.
 
     Returns:

@@ -28,8 +28,9 @@ def choose(
     on_cpu = functools.partial(cpu.run, constant=constant)
     if jax.default_backend() == "cpu":
         return on_cpu
-    # Under differentiation each branch would keep what the others do as well.
-    return functools.partial(lax.platform_dependent, cpu=on_cpu, default=gpu.run) if constant else gpu.run
+    if not constant:  # under differentiation each branch would keep what the others do as well
+        return gpu.run
+    return lambda *arguments: lax.platform_dependent(*arguments, cpu=on_cpu, default=gpu.run)
 
 
 def fuses(implementation: str | None, params: SLIFParams, currents: Array, request: Request) -> bool:
