@@ -8,9 +8,9 @@ return the spikes alone, as is usual in training, where XLA drops from the loop 
 return the spikes and the final state. "x slif" and "x bool" are against slif returning the same. The plain scan is the
 cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
 Other packages run their nearest cell (see peers.py), which for all but ngc-learn has no refractory period, and are set
-against the first two mechanisms. They are timed once, giving spikes, and stand beside both; the scans of ngc-learn and
-spyx return their final state too. "of copy" is the share of the bandwidth of one elementwise pass over the currents
-that the spikes and currents of a run make up.
+against the first two mechanisms. The scans of ngc-learn and spyx are compiled for either case, those of PyTorch packages
+are the same in both. "of copy" is the share of the bandwidth of one elementwise pass over the currents that the spikes
+and currents of a run make up.
 
 `--growth` times it, final state included, against T, B and N over three decades each.
 """
@@ -37,6 +37,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "rho_b": {"rho_b": 0.001},
     "inhibition": {"resist_inh": 0.001},
 }
+JITTED = {"ngclearn": peers.ngclearn_forward, "spyx": peers.spyx_forward}
 COMPARED = ("plain", "refractory")  # with other packages
 LARGEST_MATRIX = 1024  # units; beyond, the matrix of inhibition is all that is timed
 FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
@@ -124,12 +125,12 @@ def compile_own(inputs: tuple) -> tuple[Runs, dict[tuple[str, str], float]]:
 def peer_runs(currents: np.ndarray, arguments: dict[str, Any], names: list[str]) -> Runs:
     runs: Runs = {}
     for name in names:
-        if name == "ngclearn":
-            runs[name, cases.SPIKES] = peers.ngclearn_forward(currents, **arguments)
-        elif name == "spyx":
-            runs[name, cases.SPIKES] = peers.spyx_forward(currents)
-        else:
-            runs[name, cases.SPIKES] = peers.torch_forward(name, currents)
+        if name not in JITTED:
+            runs[name, cases.SPIKES] = runs[name, cases.BOTH] = peers.torch_forward(name, currents)
+            continue
+        for returns in RETURNS:
+            own = arguments if name == "ngclearn" else {}
+            runs[name, returns] = JITTED[name](currents, state_too=returns == cases.BOTH, **own)
     return runs
 
 
@@ -150,7 +151,7 @@ def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: li
     rows = []
     for returns in RETURNS:
         for name in (*OWN, *names):
-            taken = seconds[name, returns if name in OWN else cases.SPIKES]
+            taken = seconds[name, returns]
             moved = currents.itemsize + (1 if name == "slif, bool" else 4)
             rows.append(
                 {

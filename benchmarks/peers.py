@@ -95,7 +95,7 @@ def torch_both(name: str, currents: np.ndarray, bar: np.ndarray) -> Callable:
     return forward_and_backward
 
 
-def ngclearn_forward(currents: np.ndarray, **mechanism: Any) -> Callable:
+def ngclearn_forward(currents: np.ndarray, state_too: bool = True, **mechanism: Any) -> Callable:
     """Its own step under one jitted scan, state in and out: faster than its processes, which compile a step each."""
     ngclearn: Any = importlib.import_module("ngclearn")
     components: Any = importlib.import_module("ngclearn.components")
@@ -128,11 +128,12 @@ def ngclearn_forward(currents: np.ndarray, **mechanism: Any) -> Callable:
 
         return jax.lax.scan(body, state, (currents, jnp.arange(n_steps, dtype=jnp.float32)))
 
-    forward = functools.partial(run, state, jnp.asarray(currents))
+    wanted = run if state_too else jax.jit(lambda *arguments: (None, run(*arguments)[1]))
+    forward = functools.partial(wanted, state, jnp.asarray(currents))
     return lambda: forward()[1]
 
 
-def spyx_forward(currents: np.ndarray) -> Callable:
+def spyx_forward(currents: np.ndarray, state_too: bool = True) -> Callable:
     """Its own scan over its cell, which carries the voltage alone, under one jit."""
     nnx, nn = importlib.import_module("flax.nnx"), importlib.import_module("spyx.nn")
     cell = nn.LIF(currents.shape[2:], 1 - cases.DT / cases.TAU_M, cases.THR, rngs=nnx.Rngs(0))
@@ -142,5 +143,6 @@ def spyx_forward(currents: np.ndarray) -> Callable:
     def run(values, currents):
         return nn.run(nnx.merge(graph, values), currents * (cases.DT / cases.TAU_M))
 
-    forward = functools.partial(run, values, jnp.asarray(currents))
+    wanted = run if state_too else jax.jit(lambda *arguments: run(*arguments)[:1])
+    forward = functools.partial(wanted, values, jnp.asarray(currents))
     return lambda: forward()[0]

@@ -125,6 +125,8 @@ def test_gradients(loop, mechanism, surrogate, valid):
     )
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * scale), actual, expected)
+    if loop == "gpu":  # which takes long to compile, and is the plain one but for the steps of a turn
+        return
     tangents = jax.tree.map(lambda x: jnp.cos(1 + x), primals)
     along = jax.jit(lambda p, t: jax.jvp(functools.partial(loss, LOOPS[loop]), p, t))(primals, tangents)[1]
     dots = jax.tree.map(jnp.vdot, expected, tangents)
