@@ -8,7 +8,7 @@ return the spikes alone, as is usual in training, where XLA drops from the loop 
 return the spikes and the final state. "x slif" and "x bool" are against slif returning the same. The plain scan is the
 cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
 Other packages run their nearest cell (see peers.py), which for all but ngc-learn has no refractory period, and are set
-against the first two mechanisms. The scans of ngc-learn and spyx are compiled for either case, those of PyTorch packages
+against the first two mechanisms. The scans of ngc-learn and spyx are compiled for either case, those of PyTorch ones
 are the same in both. "of copy" is the share of the bandwidth of one elementwise pass over the currents that the spikes
 and currents of a run make up.
 
@@ -207,7 +207,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 def draw_bars(panel: Any, rows: list[dict[str, Any]], shapes: list[tuple[int, int, int]]) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows))
     width = 0.86 / len(names)
-    colours = ["#08519c", "#4292c6", "#969696", "#a63603", "#e6550d", "#fd8d3c", "#fdbe85", "#feedde"]
+    colours = ["#08519c", "#4292c6", "#969696", "#a63603", "#e6550d", "#fd8d3c", "#fdae6b", "#c49a6c"]
     for k, name in enumerate(names):
         speed = {row["shape"]: row["G_updates_s"] for row in rows if row["name"] == name}
         at = [n + (k - (len(names) - 1) / 2) * width for n, shape in enumerate(shapes) if shape in speed]
