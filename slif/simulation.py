@@ -12,7 +12,7 @@ from slif import _check
 from slif._mesh import alike, follow
 from slif.cell import drive, prepare
 from slif.loops.choose import choose
-from slif.loops.request import RECORDS, Request
+from slif.request import RECORDS, Request
 from slif.surrogate import emit
 from slif.types import SLIFParams, SLIFState
 

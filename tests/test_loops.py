@@ -12,7 +12,7 @@ import slif
 from slif.cell import prepare
 from slif.loops import cpu, gpu, plain
 from slif.loops.choose import choose
-from slif.loops.request import Request
+from slif.request import Request
 
 LOOPS = {"cpu": cpu.run, "cpu, constant": functools.partial(cpu.run, constant=True), "gpu": gpu.run}
 N_STEPS = 19  # no multiple of the steps of a turn, nor of a block

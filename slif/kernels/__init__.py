@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 
 from slif._mesh import varying
-from slif.loops.request import Request
+from slif.request import Request
 from slif.types import SLIFParams
 
 OLDEST_JAX = (0, 10)  # Pallas changes with every release; the scan serves those before

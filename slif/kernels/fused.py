@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from slif.kernels import interpret, loop, mosaic_gpu
-from slif.loops.request import Request
 from slif.raster import pack_spikes
+from slif.request import Request
 from slif.types import FIELDS, SLIFParams, SLIFState
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from slif.cell import advance as advance_cell
-from slif.kernels.plain import plain
+from slif.kernels.bare import bare
 from slif.types import SLIFParams, SLIFState
 
 CARRIED = ("v", "thr", "rfr", "tols")  # what a later step reads, and tols
@@ -100,7 +100,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
         record = {name: getattr(new, name) for name in plan.record}
         return ({name: getattr(new, name) for name in CARRIED}, summary), record, new
 
-    advance, finish = plain(lambda *args: wanted(*args)[:2]), plain(wanted)
+    advance, finish = bare(lambda *args: wanted(*args)[:2]), bare(wanted)
 
     def write(k, record):
         for name, x in record.items():
@@ -173,7 +173,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, 
         moving = {name: fields[name] for name in MOVING}
         return jax.vjp(outputs, trained, moving, j, dt)[1](bar)
 
-    advance, pull = plain(advance), plain(pull)
+    advance, pull = bare(advance), bare(pull)
     count = None if bars.spike_count is None else tile.load(bars.spike_count.at[tile.units])
 
     def block(start, n, fields, carry, last=None):

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from slif import kernels
 from slif.loops import cpu, gpu, plain
-from slif.loops.request import Request
+from slif.request import Request
 from slif.surrogate import Surrogate
 from slif.types import SLIFParams, SLIFState
 

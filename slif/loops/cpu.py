@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from slif.cell import charge, drive, fire
 from slif.loops.blocks import scan
-from slif.loops.request import Request, freeze
+from slif.request import Request, freeze
 from slif.types import SLIFParams, SLIFState
 
 

@@ -5,7 +5,7 @@ from jax import Array
 
 from slif.cell import advance
 from slif.loops.blocks import scan
-from slif.loops.request import Request, freeze
+from slif.request import Request, freeze
 from slif.types import SLIFParams, SLIFState
 
 
