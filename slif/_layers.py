@@ -140,6 +140,7 @@ def run_sequence(
     valid: Array | None,
     record: tuple[str, ...],
     return_state: bool,
+    **options: Any,
 ) -> Any:
     if np.ndim(x) < 2:
         raise ValueError(f"x: expected a time axis and a last axis of {params.n_units} features, got {np.shape(x)}")
@@ -148,7 +149,7 @@ def run_sequence(
     currents = jnp.moveaxis(x, time, 0)
     state = init_state(params, currents.shape[1:-1]) if initial_state is None else initial_state
     valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
-    state, out = simulate(params, state, currents, dt=dt, record=record, valid=valid)
+    state, out = simulate(params, state, currents, dt=dt, record=record, valid=valid, **options)
     out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}
     result = out["s"] if tuple(out) == ("s",) else out
     return (result, state) if return_state else result

@@ -162,15 +162,20 @@ class SLIF(_Neurons):
         valid: Array | None = None,
         record: tuple[str, ...] = ("s",),
         return_state: bool = False,
+        t0: ArrayLike = 0.0,
+        spike_dtype: DTypeLike | None = None,
+        checkpoint_every: int | None = None,
+        implementation: str | None = None,
     ) -> Any:
-        """Runs the layer over a sequence, which starts at time 0.
+        """Runs the layer over a sequence.
 
         Args:
             x: currents [T, ..., N], or [..., T, N] if not `time_major`.
             initial_state: the state before the first step; None for rest.
             valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
             record: what to return, as in `slif.simulate`.
-            return_state: return the state after the last step as well.
+            return_state: return the state after the last step as well. A second window goes on from it with `t0`.
+            t0, spike_dtype, checkpoint_every, implementation: as in `slif.simulate`.
 
         Returns:
             The spikes, or a dict of what was recorded if `record` is not ("s",). With `return_state` a pair of that
@@ -185,6 +190,10 @@ class SLIF(_Neurons):
             valid=valid,
             record=record,
             return_state=return_state,
+            t0=t0,
+            spike_dtype=spike_dtype,
+            checkpoint_every=checkpoint_every,
+            implementation=implementation,
         )
 
 

@@ -196,6 +196,37 @@ def test_sequence_lengths_and_a_carry_that_goes_on(framework):
     assert_same(count, lengths.astype(np.int32) + T)
 
 
+def test_a_second_window_goes_on_with_the_clock(framework):
+    layer, x = make(framework), currents()
+    whole, last = layer.call(layer.variables, x, record=("s", "tols"), return_state=True)
+    first, state = layer.call(layer.variables, x[:7], record=("s", "tols"), return_state=True)
+    rest, end = layer.call(
+        layer.variables, x[7:], record=("s", "tols"), return_state=True, initial_state=state, t0=7 * DT
+    )
+    assert_same(end.replace(tols=last.tols), last)
+    assert_same(jnp.concatenate([first["s"], rest["s"]]), whole["s"])
+    # t0 + k dt is one rounding from (7 + k) dt.
+    np.testing.assert_allclose(jnp.concatenate([first["tols"], rest["tols"]]), whole["tols"], rtol=1e-6)
+    assert end.tols.max() > 7 * DT
+
+
+def test_the_options_of_simulate(framework):
+    layer, x = make(framework, surrogate=slif.arctan()), currents()
+    params = layer.params(layer.variables)
+    spikes = layer.call(layer.variables, x, spike_dtype=bool, implementation="xla")
+    assert spikes.dtype == bool
+    assert_same(spikes, layer.call(layer.variables, x) > 0)
+
+    def loss(call):
+        return jax.grad(lambda x: call(x).sum())(x)
+
+    expected = loss(lambda x: plain(params, x, checkpoint_every=4)[1]["s"])
+    actual = loss(lambda x: layer.call(layer.variables, x, checkpoint_every=4))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"^implementation: expected"):
+        layer.call(layer.variables, x, implementation="cuda")
+
+
 def test_initial_state(framework):
     x = currents()
     layer = make(framework)
