@@ -15,7 +15,7 @@ from slif.surrogate import (
     straight_through,
     triangular,
 )
-from slif.sweeps import grid, sweep
+from slif.sweeps import grid, point, sweep
 from slif.types import SLIFParams, SLIFState
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "init_params",
     "init_state",
     "pack_spikes",
+    "point",
     "reset",
     "secant",
     "sigmoid",

@@ -24,12 +24,13 @@ class Rule(NamedTuple):
     low: float = -np.inf
     allowed: bool = True  # the lowest value itself
     optional: bool = True  # None leaves the mechanism out
+    endless: bool = False  # infinity too
 
 
 RULES = {
     "tau_m": Rule(low=0, allowed=False, optional=False),
     "resist_m": Rule(optional=False),
-    "thr": Rule("thresholds", optional=False),
+    "thr": Rule("thresholds", optional=False, endless=True),
     "refract_time": Rule(low=0),
     "thr_gain": Rule(),
     "thr_leak": Rule(),
@@ -64,9 +65,9 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
         raise TypeError(f"{name}: expected a real number or array, got {value!r}")
     with np.errstate(over="ignore", under="ignore"):
         stored = array.astype(dtype)
-    if not np.isfinite(stored).all():
-        raise ValueError(f"{name}: expected finite values in {stored.dtype}, got {value!r}")
     rule = RULES.get(name, Rule())
+    if not (np.isfinite(stored) | (rule.endless & np.isposinf(stored) & np.isposinf(array))).all():
+        raise ValueError(f"{name}: expected finite values in {stored.dtype}, got {value!r}")
     if not (stored >= rule.low if rule.allowed else stored > rule.low).all():
         sign = ">=" if rule.allowed else ">"
         raise ValueError(f"{name}: expected values {sign} {rule.low} in {stored.dtype}, got {value!r}")

@@ -40,7 +40,9 @@ def charge(params: SLIFParams, state: SLIFState, i: Array, dt: Array) -> Array:
     """u: the potential before the spike; a refractory unit keeps its own."""
     v = state.v
     u = v + ((i - v) * (1 / params.tau_m)) * dt
-    return u if params.refract_time is None else jnp.where(state.rfr >= params.refract_time, u, v)
+    if params.refract_time is not None:
+        u = jnp.where(state.rfr >= params.refract_time, u, v)
+    return u if params.surrogate.wrt == "voltage" else lax.stop_gradient(u)
 
 
 def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array) -> SLIFState:

@@ -106,10 +106,11 @@ def traces(
 ) -> np.ndarray:
     """Draws a few units over time: the currents in one panel, then a panel a unit.
 
-        v as a line, thr dashed, s as ticks above thr, and shaded the steps at which the unit was refractory
+        v as a line, thr dashed, s as ticks above thr, and shaded the steps at which the unit was refractory;
+        where "u" was recorded, a thin line of it, in which the potential is seen to pass thr before the reset
 
     Args:
-        recorded: what `simulate` recorded; of "j", "v", "thr", "s" and "rfr" what there is. An array [T, N] is v.
+        recorded: what `simulate` recorded; of "j", "u", "v", "thr", "s" and "rfr" what there is. An array [T, N] is v.
         params: the parameters, which tell from "rfr" when a unit was refractory; None for no shading.
         units: which units, one number or several; None for the first three.
         dt: the length of a step, ms.
@@ -132,9 +133,9 @@ def traces(
         ['current', 'unit 0', 'unit 3']
     """
     given = recorded if isinstance(recorded, Mapping) else {"v": recorded}
-    known = {name: _series(name, x, row) for name, x in given.items() if name in ("j", "v", "thr", "s", "rfr")}
+    known = {name: _series(name, x, row) for name, x in given.items() if name in ("j", "u", "v", "thr", "s", "rfr")}
     if not known:
-        raise ValueError(f"recorded: expected some of j, v, thr, s, rfr, got {', '.join(given) or 'nothing'}")
+        raise ValueError(f"recorded: expected some of j, u, v, thr, s, rfr, got {', '.join(given) or 'nothing'}")
     shapes = {x.shape for x in known.values()}
     if len(shapes) > 1:
         raise ValueError(f"recorded: expected one shape [T, N], got {', '.join(map(str, sorted(shapes)))}")
@@ -220,6 +221,8 @@ def _draw_unit(
     ax: Axes, t: np.ndarray, dt: float, column: dict[str, np.ndarray], refractory: np.ndarray | None, color: Any
 ) -> None:
     ink = _ink(ax)
+    if "u" in column:
+        ax.plot(t, column["u"], color=color, lw=0.7, alpha=0.6)
     if "v" in column:
         ax.plot(t, column["v"], color=color, lw=1.2)
     if "thr" in column:
@@ -227,7 +230,7 @@ def _draw_unit(
     if "s" in column:
         spikes = column["s"] != 0
         finite = np.concatenate(
-            [x[np.isfinite(x)] for x in (column.get("v"), column.get("thr")) if x is not None] or [[]]
+            [x[np.isfinite(x)] for x in (column.get("u"), column.get("v"), column.get("thr")) if x is not None] or [[]]
         )
         low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
         room = (high - low) or 1.0

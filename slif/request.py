@@ -12,7 +12,7 @@ from slif.raster import pack_spikes
 from slif.types import FIELDS, SLIFState
 
 SUMMARIES = ("spike_count", "first_spike_time")
-RECORDS = (*FIELDS, "s_packed", *SUMMARIES)
+RECORDS = ("u", *FIELDS, "s_packed", *SUMMARIES)
 
 
 class Request(struct.PyTreeNode):
@@ -51,9 +51,9 @@ class Request(struct.PyTreeNode):
             new["first_spike_time"] = jnp.where((s > 0) & (first == jnp.inf), lax.stop_gradient(t), first)
         return new
 
-    def observe(self, state: SLIFState, s: Array) -> dict[str, Array]:
-        """What is recorded of one step, from the state after it and the spikes that it shows."""
-        shown: dict[str, Array] = dict(vars(state))
+    def observe(self, state: SLIFState, u: Array, s: Array) -> dict[str, Array]:
+        """What is recorded of one step, from the state after it, its u, and the spikes that it shows."""
+        shown: dict[str, Array] = {**vars(state), "u": u}
         if "s" in self.record:
             shown["s"] = s.astype(self.spike_dtype)
         if "s_packed" in self.record:

@@ -40,9 +40,10 @@ def simulate(
         currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop.
         dt: the length of a step, ms, positive.
         t0: the time of the first step, ms.
-        record: what to return of every step: any field of `SLIFState` or "s_packed" (8 spikes a byte), each
-            [T, ..., N]; and summaries [..., N] that take no memory in T: "spike_count" and "first_spike_time" (ms, inf
-            where there is none). Both count what "s" shows, a sticky spike carried in included.
+        record: what to return of every step: any field of `SLIFState`, "u" (the potential before the reset, with a
+            gradient where v has one) or "s_packed" (8 spikes a byte), each [T, ..., N]; and summaries [..., N] that
+            take no memory in T: "spike_count" and "first_spike_time" (ms, inf where there is none). Both count what "s"
+            shows, a sticky spike carried in included.
         spike_dtype: dtype of the recorded "s"; None for that of params. bool and integers carry no gradient.
         valid: boolean [T, ...] over the batch shape. Where False, the row's state is frozen and its "s" is 0; the
             clock runs on.

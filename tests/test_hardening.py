@@ -149,6 +149,9 @@ def test_any_number_is_a_parameter_or_an_error(value, name):
     with np.errstate(over="ignore", under="ignore"):
         stored = np.float32(value if abs(value) < 1e300 else np.inf)
     allowed = {"tau_m": stored > 0, "refract_time": stored >= 0, "thr_jitter": stored >= 0}.get(name, True)
+    if name == "thr" and value == np.inf:  # a unit that never fires
+        assert np.isposinf(make_params(n_units=2, thr=value).thr).all()
+        return
     if isinstance(value, int) and abs(value) >= 2**63:
         allowed = False  # no integer that NumPy has
     if not (allowed and np.isfinite(stored)):

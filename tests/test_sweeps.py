@@ -35,6 +35,7 @@ def separate(params, over, currents=CURRENTS, state=None, dt=DT, **options):
             leaves["thr"] = jnp.broadcast_to(leaves["thr"], params.thr.shape)
         own = params.replace(**leaves)
         start = slif.init_state(own, j.shape[1:-1]) if state is None else state(k)
+        start = slif.reset(own, start, fields=("thr",)) if "thr" in leaves else start
         results.append(slif.simulate(own, start, j, dt=step, **options))
     return jax.tree.map(lambda *x: jnp.stack(x), *results)
 

@@ -27,6 +27,7 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
         "rho_b, which mixes units": params.rho_b is not None,
         "lateral inhibition, which mixes units": params.resist_inh is not None,
         "valid": request.valid is not None,
+        "record 'u'": "u" in request.record,
         f"params of dtype {params.thr.dtype}": params.thr.dtype != jnp.float32,
         f"currents of dtype {currents.dtype}": str(currents.dtype) not in _CURRENTS,
         f"spike_dtype {request.spike_dtype}": str(np.dtype(request.spike_dtype)) not in _SPIKES,

@@ -32,9 +32,9 @@ def run(
         i = drive(params, old.s, freeze(live, j, jnp.zeros_like(j)).astype(old.v.dtype))
         pending = freeze(live, old.replace(v=charge(params, old, i, request.dt), j=i), old)
         pending = _together(pending) if paired else pending
-        new = settle(_apart(pending), t, live)
+        u, new = _apart(pending).v, settle(_apart(pending), t, live)
         s = freeze(live, new.s, jnp.zeros_like(new.s))
-        return (pending, request.summarise(summaries, s, t)), request.observe(new, s)
+        return (pending, request.summarise(summaries, s, t)), request.observe(new, u, s)
 
     if valid is None:
         live_before = jnp.arange(currents.shape[0]) > 0  # before the first step there is nothing to settle

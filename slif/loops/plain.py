@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from slif.cell import advance
+from slif.cell import charge, drive, fire
 from slif.loops.blocks import scan
 from slif.request import Request, freeze
 from slif.types import SLIFParams, SLIFState
@@ -12,15 +12,18 @@ from slif.types import SLIFParams, SLIFState
 def run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, unroll: int = 1
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """state[k] = advance(params, state[k - 1], currents[k], t0 + k dt, dt); params come from `prepare`."""
+    """state[k] = step(params, state[k - 1], currents[k], t0 + k dt, dt); params come from `prepare`."""
 
     def body(carry, x):
         old, summaries = carry
         j, t, live = x
         # A frozen row's current never reaches the equations, so that no NaN in it reaches a gradient.
-        new = advance(params, old, freeze(live, j, jnp.zeros_like(j)), t.astype(old.v.dtype), request.dt)
-        new, s = freeze(live, (new, new.s), (old, jnp.zeros_like(old.s)))
-        return (new, request.summarise(summaries, s, t)), request.observe(new, s)
+        j = freeze(live, j, jnp.zeros_like(j)).astype(old.v.dtype)
+        i = drive(params, old.s, j)
+        u = charge(params, old, i, request.dt)
+        new = fire(params, old, u, i, t.astype(old.v.dtype), request.dt)
+        new, u, s = freeze(live, (new, u, new.s), (old, old.v, jnp.zeros_like(old.s)))
+        return (new, request.summarise(summaries, s, t)), request.observe(new, u, s)
 
     xs = (currents, request.times(currents.shape[0]), request.valid)
     carry = (state, request.summaries(state))
