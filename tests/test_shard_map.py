@@ -1,5 +1,7 @@
 """`simulate` inside `jax.shard_map`, whatever of its arguments it is that differs between devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,19 +22,42 @@ PARAMS = ("tau_m", "resist_m", "thr")
 VARIES = ("currents", "state", *(f"state.{name}" for name in STATE), *PARAMS, "surrogate", "dt", "t0", "valid")
 
 
-@pytest.mark.parametrize("varies", VARIES)
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_whatever_varies(varies, mechanism, surrogate):
+def loss(currents, arguments):
+    own = {**arguments, "currents": currents}
+    state, out = slif.simulate(
+        own.pop("params"), own.pop("state"), own.pop("currents"), **own, record=(*FIELDS, "spike_count")
+    )
+    return out["s"].sum() + (out["v"] ** 2).sum() + state.j.sum(), (vars(state), out)
+
+
+def both(arguments):
+    (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(arguments["currents"], arguments)
+    return aux, gradient
+
+
+def inputs(mechanism, surrogate, masked):
     params = make_params(mechanism, surrogate=SURROGATES[surrogate]())
-    arguments = {
+    return {
         "params": params,
         "state": slif.init_state(params, BATCH),
         "currents": jnp.asarray(make_currents((6, BATCH, N_UNITS))),
         "dt": jnp.float32(DT),
         "t0": jnp.float32(0),
-        "valid": jnp.asarray(np.arange(6)[:, None] < np.array([6, 4, 0])) if varies == "valid" else None,
+        "valid": jnp.asarray(np.arange(6)[:, None] < np.array([6, 4, 0])) if masked else None,
     }
+
+
+@functools.cache
+def expected_of(*case):
+    return jax.jit(both)(inputs(*case))
+
+
+@pytest.mark.parametrize("varies", VARIES)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_whatever_varies(varies, mechanism, surrogate):
+    case = (mechanism, surrogate, varies == "valid")
+    arguments, (expected, expected_gradient) = inputs(*case), expected_of(*case)
     path = varies if varies in arguments or varies.startswith("state.") else f"params.{varies}"
 
     def spec(at, _):
@@ -44,17 +69,6 @@ def test_whatever_varies(varies, mechanism, surrogate):
     specs = jax.tree_util.tree_map_with_path(spec, arguments)
     assert P("devices") in jax.tree.leaves(specs)
 
-    def loss(currents, arguments):
-        own = {**arguments, "currents": currents}
-        state, out = slif.simulate(
-            own.pop("params"), own.pop("state"), own.pop("currents"), **own, record=(*FIELDS, "spike_count")
-        )
-        return out["s"].sum() + (out["v"] ** 2).sum() + state.j.sum(), (vars(state), out)
-
-    def both(arguments):
-        (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(arguments["currents"], arguments)
-        return aux, gradient
-
     def on_device(arguments):
         own = jax.tree.map(lambda x, s: x[0] if s == P("devices") else x, arguments, specs)
         aux, gradient = both(own)
@@ -63,7 +77,6 @@ def test_whatever_varies(varies, mechanism, surrogate):
     gradient_spec = P("devices") if varies == "currents" else P()
     mapped = jax.shard_map(on_device, mesh=MESH, in_specs=(specs,), out_specs=(P("devices"), gradient_spec))
     actual, gradient = jax.jit(mapped)(jax.tree.map(lift, arguments, specs))
-    expected, expected_gradient = jax.jit(both)(arguments)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a[0], e, rtol=1e-6, atol=1e-6), actual, expected)
     gradient = gradient[0] if varies == "currents" else gradient
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
