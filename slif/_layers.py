@@ -40,10 +40,7 @@ BOUND = 8.0
 
 def switch_on(hyper: Mapping[str, Any], learn: Iterable[str]) -> dict[str, Any]:
     """The hyperparameters with the mechanisms to learn switched on; raises for what cannot be learned."""
-    if isinstance(learn, str) or not all(isinstance(name, str) for name in learn):
-        raise TypeError(f"learn: expected a tuple of names, got {learn!r}")
-    if unknown := sorted(set(learn) - set(KINDS)):
-        raise ValueError(f"learn: expected names among {', '.join(KINDS)}, got {', '.join(unknown)}")
+    learn = _check.names("learn", learn, tuple(KINDS))
     if "inh_weights" in learn and is_off(hyper["resist_inh"]):
         raise ValueError("learn: inh_weights cannot be learned without inhibition; give resist_inh")
     hyper = dict(hyper)

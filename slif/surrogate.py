@@ -4,7 +4,7 @@ A slope with respect to the *current* says d s'/d i, one with respect to the *vo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -375,8 +375,13 @@ KINDS = {
 
 def kind_of(surrogate: Surrogate) -> str:
     """The name in `KINDS` under which `named` makes this surrogate again."""
+    return kind_by(surrogate.slope, surrogate.wrt, surrogate.numbers)
+
+
+def kind_by(slope: Callable[..., Array], wrt: str, numbers: Iterable[str] | None = None) -> str:
+    """The same by what is static, where the names of its numbers are not known."""
     for kind, known in KINDS.items():
-        if (known.slope, known.wrt, known.numbers.keys()) == (surrogate.slope, surrogate.wrt, surrogate.numbers.keys()):
+        if (known.slope, known.wrt) == (slope, wrt) and (numbers is None or known.numbers.keys() == set(numbers)):
             return kind
     raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}; got a custom one, which cannot be saved")
 

@@ -9,7 +9,7 @@ from typing import Any
 from flax import struct
 from jax import Array, export
 
-from slif.surrogate import KINDS, Surrogate
+from slif.surrogate import KINDS, Surrogate, kind_by
 
 
 class SLIFParams(struct.PyTreeNode):
@@ -62,10 +62,7 @@ def _flags(text: bytes) -> tuple[bool, ...]:
 
 def _write_surrogate(static: tuple[Any, ...]) -> bytes:
     slope, wrt, detach_reset = static
-    kinds = [kind for kind, known in KINDS.items() if (known.slope, known.wrt) == (slope, wrt)]
-    if not kinds:
-        raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}; got a custom one, which cannot be saved")
-    return json.dumps([kinds[0], detach_reset]).encode()
+    return json.dumps([kind_by(slope, wrt), detach_reset]).encode()
 
 
 def _read_surrogate(text: bytes) -> tuple[Any, ...]:

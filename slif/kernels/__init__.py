@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from slif._mesh import varying
@@ -30,7 +29,7 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
         "record 'u'": "u" in request.record,
         f"params of dtype {params.thr.dtype}": params.thr.dtype != jnp.float32,
         f"currents of dtype {currents.dtype}": str(currents.dtype) not in _CURRENTS,
-        f"spike_dtype {request.spike_dtype}": str(np.dtype(request.spike_dtype)) not in _SPIKES,
+        f"spike_dtype {request.spike_dtype}": str(request.spike_dtype) not in _SPIKES,
         "jax.shard_map with check_vma=True": bool(varying(currents)),
         "an empty sequence or batch": 0 in currents.shape,
     }

@@ -32,7 +32,8 @@ def run(
         i = drive(params, old.s, freeze(live, j, jnp.zeros_like(j)).astype(old.v.dtype))
         pending = freeze(live, old.replace(v=charge(params, old, i, request.dt), j=i), old)
         pending = _together(pending) if paired else pending
-        u, new = _apart(pending).v, settle(_apart(pending), t, live)
+        charged = _apart(pending)
+        u, new = charged.v, settle(charged, t, live)
         s = freeze(live, new.s, jnp.zeros_like(new.s))
         return (pending, request.summarise(summaries, s, t)), request.observe(new, u, s)
 
