@@ -15,7 +15,8 @@ and, once the burn-in is over, while the window goes on:
     W1 += rate x_t^T d1 / D            b1 += rate sum d1 / D
     W2 += rate s1^T e2 / H             b2 += rate sum e2 / H
 
-with sums over the batch and E fixed at random. The class is where the current of cell 2 summed up the most.
+with sums over the batch and E fixed at random. The class is told in two ways, both from the steps after the burn-in: by
+"current", where the current of cell 2 summed up the most, and by "spikes", where cell 2 spiked most often.
 
 Source: Samadi, Lillicrap & Tweed (2017), Deep learning with dynamic spiking neurons and fixed feedback weights, Neural
 Computation 29(3).
@@ -73,6 +74,13 @@ class Cells(NamedTuple):
     output: slif.SLIFParams
 
 
+class Evidence(NamedTuple):
+    """Of each class, summed over the steps after the burn-in, [B, C]; accuracies take the same two names."""
+
+    current: Any  # of the output layer
+    spikes: Any
+
+
 def init_weights(key: Array, n_inputs: int, n_hidden: int) -> Weights:
     def normal(key: Array, *shape: int) -> Array:
         return WEIGHT_STD * jax.random.normal(key, shape)
@@ -125,7 +133,7 @@ def update(
 
 def window(
     cells: Cells, weights: Weights, key: Array, images: Array, y: Array | None = None, rates: Rates | None = None
-) -> tuple[Weights, Array, Array]:
+) -> tuple[Weights, Evidence, Array]:
     """Shows a batch to the network, which learns where y and rates are given.
 
     Args:
@@ -137,13 +145,13 @@ def window(
         rates: rate / D and rate / H.
 
     Returns:
-        The weights after the window, the current of the output layer summed over the steps after the burn-in [B, C],
-        and the spikes of the hidden layer [T, B, H].
+        The weights after the window, what the output layer tells of the classes, and the spikes of the hidden layer
+        [T, B, H].
     """
     threshold = spike_threshold(images)
 
     def body(carry, k):
-        weights, hidden, output, current = carry
+        weights, hidden, output, evidence = carry
         x = bernoulli(jax.random.fold_in(key, k), threshold)
         hidden = slif.step(cells.hidden, hidden, x @ weights.W1 + weights.b1, k * DT, DT)
         output = slif.step(cells.output, output, hidden.s @ weights.W2 + weights.b2, k * DT, DT)
@@ -151,14 +159,15 @@ def window(
         if y is not None and rates is not None:
             learn = functools.partial(update, rates=rates, y=y, x=x, hidden=hidden, output=output)
             weights = lax.cond(after, learn, lambda weights: weights, weights)
-        current = current + jnp.where(after, output.j, 0)
-        return (weights, hidden, output, current), hidden.s
+        evidence = jax.tree.map(lambda sum, x: sum + jnp.where(after, x, 0), evidence, Evidence(output.j, output.s))
+        return (weights, hidden, output, evidence), hidden.s
 
     n = images.shape[0]
     rest = slif.init_state(cells.hidden, n), slif.init_state(cells.output, n)
-    start = (weights, *rest, jnp.zeros((n, N_CLASSES)))
-    (weights, _, _, current), spikes = lax.scan(body, start, jnp.arange(1, N_STEPS + 1))
-    return weights, current, spikes
+    nothing = jnp.zeros((n, N_CLASSES))
+    start = (weights, *rest, Evidence(nothing, nothing))
+    (weights, _, _, evidence), spikes = lax.scan(body, start, jnp.arange(1, N_STEPS + 1))
+    return weights, evidence, spikes
 
 
 def pixels_in_use(images: np.ndarray) -> np.ndarray:
@@ -180,15 +189,16 @@ def train_batch(
     n_inputs, n_hidden = weights.W1.shape
     y = jax.nn.one_hot(classes, N_CLASSES)
     used = weights._replace(W1=weights.W1[pixels])
-    learned, current, _ = window(cells, used, key, images[:, pixels], y, (rate / n_inputs, rate / n_hidden))
+    learned, evidence, _ = window(cells, used, key, images[:, pixels], y, (rate / n_inputs, rate / n_hidden))
     weights = learned._replace(W1=weights.W1.at[pixels].set(learned.W1))
-    return weights, (current.argmax(-1) == classes).sum()
+    return weights, (evidence.current.argmax(-1) == classes).sum()
 
 
 @jax.jit
-def predict(cells: Cells, weights: Weights, key: Array, images: Array, pixels: Array) -> Array:
-    _, current, _ = window(cells, weights._replace(W1=weights.W1[pixels]), key, images[:, pixels])
-    return current.argmax(-1)
+def predict(cells: Cells, weights: Weights, key: Array, images: Array, pixels: Array) -> Evidence:
+    """The class of each image, [B], by either evidence."""
+    _, evidence, _ = window(cells, weights._replace(W1=weights.W1[pixels]), key, images[:, pixels])
+    return Evidence(*(x.argmax(-1) for x in evidence))
 
 
 @jax.jit
@@ -196,9 +206,9 @@ def hidden_spikes(cells: Cells, weights: Weights, key: Array, images: Array) -> 
     return window(cells, weights, key, images)[2]
 
 
-def accuracy(cells: Cells, weights: Weights, images: np.ndarray, classes: np.ndarray) -> float:
-    """Share of the images whose class the network tells, every one counted."""
-    key, correct = jax.random.key(EVAL_SEED), 0
+def accuracy(cells: Cells, weights: Weights, images: np.ndarray, classes: np.ndarray) -> Evidence:
+    """Share of the images whose class the network tells, by either evidence, every one counted."""
+    key, correct = jax.random.key(EVAL_SEED), np.zeros(2, int)
     for start in range(0, len(images), EVAL_BATCH):
         # The last batch is filled up, so that it is compiled like the others, and what fills it is not counted.
         batch = np.zeros((EVAL_BATCH, images.shape[1]), np.float32)
@@ -206,13 +216,13 @@ def accuracy(cells: Cells, weights: Weights, images: np.ndarray, classes: np.nda
         n = len(images[rows])
         batch[:n] = images[rows]
         told = predict(cells, weights, jax.random.fold_in(key, start), batch, pixels_in_use(batch))
-        correct += int((np.asarray(told)[:n] == classes[rows]).sum())
-    return correct / len(images)
+        correct += (np.asarray(told)[:, :n] == classes[rows]).sum(1)
+    return Evidence(*(correct / len(images)).tolist())
 
 
 class Epoch(NamedTuple):
     learning: float  # accuracy on the training images in the windows that teach them, so above that afterwards
-    test: float
+    test: Evidence
     seconds: float  # of training, the first one's compilation included
 
 
@@ -275,8 +285,8 @@ def draw(path: Path, weights: Weights, digits: Digits, history: list[Epoch]) -> 
     axes = left.subplots()
     epochs = np.arange(1, len(history) + 1)
     axes.plot(epochs, [100 * epoch.learning for epoch in history], "o-", color="0.6", label="while learning")
-    axes.plot(epochs, [100 * epoch.test for epoch in history], "o-", color="C0", label="test")
-    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"Test accuracy {history[-1].test:.1%}")
+    axes.plot(epochs, [100 * epoch.test.current for epoch in history], "o-", color="C0", label="test")
+    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"Test accuracy {history[-1].test.current:.1%}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -347,6 +357,10 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[Parser, Any]:
     return parser, options
 
 
+def told(accuracy: Evidence) -> str:
+    return f"{accuracy.current:.2%} by current, {accuracy.spikes:.2%} by spikes"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser, options = parse_options(arguments)
     try:
@@ -354,8 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n_train, n_inputs = digits.x_train.shape
         if options.eval is not None:
             weights = load_weights(options.eval, n_inputs)
-            told = accuracy(init_cells(weights.b1.size), weights, digits.x_test, digits.y_test)
-            print(f"test accuracy {told:.2%}")
+            print(f"test accuracy {told(accuracy(init_cells(weights.b1.size), weights, digits.x_test, digits.y_test))}")
             return
         if options.batch_size > n_train:
             raise ValueError(f"--batch-size: expected at most {n_train}, the training images, got {options.batch_size}")
@@ -365,11 +378,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     weights, history = train(options, digits)
     draw(options.out / "bfa_snn.png", weights, digits, history)
-    print(f"{'epoch':>5}{'learning':>10}{'test':>10}{'seconds':>10}")
+    print(f"{'epoch':>5}{'learning':>10}{'test':>10}{'by spikes':>10}{'seconds':>10}")
     for n, epoch in enumerate(history, 1):
-        print(f"{n:>5}{epoch.learning:>10.2%}{epoch.test:>10.2%}{epoch.seconds:>10.2f}")
+        test = epoch.test
+        print(f"{n:>5}{epoch.learning:>10.2%}{test.current:>10.2%}{test.spikes:>10.2%}{epoch.seconds:>10.2f}")
     trained = accuracy(init_cells(options.hidden), weights, digits.x_train, digits.y_train)
-    print(f"train accuracy {trained:.2%}, test accuracy {history[-1].test:.2%}")
+    print(f"train accuracy {told(trained)}")
+    print(f"test accuracy {told(history[-1].test)}")
     print(f"weights.npz and bfa_snn.png are in {options.out}")
 
 
