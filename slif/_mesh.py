@@ -40,8 +40,8 @@ def follow(params: SLIFParams, state: SLIFState, currents: Array, valid: Array |
     mesh = next((m for x in (currents, state.v) if not (m := jax.typeof(x).sharding.mesh).empty), None)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return params, state, currents, valid
-    time, *own = _names(currents)
-    row = [a if a is not None else b for a, b in zip(own, _names(state.v), strict=True)]
+    time, *own = names(currents)
+    row = [a if a is not None else b for a, b in zip(own, names(state.v), strict=True)]
 
     def place(x: Array, *names: Any) -> Array:
         return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*names)))
@@ -59,13 +59,13 @@ def follow(params: SLIFParams, state: SLIFState, currents: Array, valid: Array |
 
 def gathered(s: Array) -> Array:
     """s with its units on every device, for a product over them, on a mesh whose axes are explicit."""
-    *batch, units = _names(s)
+    *batch, units = names(s)
     if units is None:
         return s
     return jax.sharding.reshard(s, NamedSharding(jax.typeof(s).sharding.mesh, PartitionSpec(*batch, None)))
 
 
-def _names(x: Array) -> list[Any]:
+def names(x: Array) -> list[Any]:
     """The mesh axes that each axis of x is sharded over explicitly, or None."""
     spec = jax.typeof(x).sharding.spec
     return [*spec, *[None] * (x.ndim - len(spec))]

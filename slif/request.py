@@ -20,7 +20,7 @@ class Request(struct.PyTreeNode):
 
     dt: Array  # ms
     t0: Array  # time of the first step, ms
-    valid: Array | None = None  # [T, ...] where False, a row is frozen
+    valid: Array | None = None  # [T, ..., 1] where False, a row is frozen
     record: tuple[str, ...] = struct.field(pytree_node=False, default=("s",))
     spike_dtype: np.dtype = struct.field(pytree_node=False, default=np.dtype("float32"))
     checkpoint_every: int | None = struct.field(pytree_node=False, default=None)
@@ -62,7 +62,7 @@ class Request(struct.PyTreeNode):
 
 
 def freeze(live: Array | None, new: Any, old: Any) -> Any:
-    """`new` in the rows that are live, [...], or at a step that is, a scalar; `old` in the others."""
+    """`new` in the rows that are live, [..., 1], or at a step that is, a scalar; `old` in the others."""
     if live is None:
         return new
-    return jax.tree.map(lambda n, o: jnp.where(live[..., None] if live.ndim else live, n, o), new, old)
+    return jax.tree.map(lambda n, o: jnp.where(live, n, o), new, old)

@@ -109,7 +109,7 @@ def _simulate(
         _check.mask("valid", request.valid, currents.shape[:-1])
     params, state, currents, valid = follow(params, state, currents, request.valid)
     params, dt, t0 = prepare(params, state.v.ndim, request.dt, request.t0)
-    request = request.replace(dt=dt, t0=t0, valid=valid)
+    request = request.replace(dt=dt, t0=t0, valid=None if valid is None else valid[..., None])
     params, state, currents, request = alike((params, state, currents, request))
 
     elementwise = params.surrogate.wrt == "current" and params.resist_inh is None and currents.shape[0] > 0
@@ -130,7 +130,7 @@ def _attach(
 ) -> tuple[SLIFState, dict[str, Array]]:
     """The derivative of the spikes, and of the currents that are told, for what the loop gave as constants."""
     if valid is not None:
-        currents = jnp.where(valid[..., None], currents, 0)  # as in the loop, for the same reason
+        currents = jnp.where(valid, currents, 0)  # as in the loop, for the same reason
     i = jax.vmap(lambda j: drive(params, state.s, j.astype(state.v.dtype)))(currents)
     attach = jax.vmap(functools.partial(emit, params.surrogate))
     if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
@@ -145,9 +145,9 @@ def _attach(
 
     def hold(j, x):
         i, live = x
-        j = jnp.where(live[..., None], i, j)
+        j = jnp.where(live, i, j)
         return j, j
 
     j, held = lax.scan(hold, state.j, (i, valid))
-    s = jnp.where(valid.any(0)[..., None], emit(params.surrogate, j, final.s), state.s)
+    s = jnp.where(valid.any(0), emit(params.surrogate, j, final.s), state.s)
     return final.replace(j=j, s=s), out | ({"j": held} if "j" in out else {})

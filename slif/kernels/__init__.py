@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from slif._mesh import varying
 from slif.request import Request
 from slif.types import SLIFParams
 
@@ -25,12 +24,9 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
         f"jax {jax.__version__}, which is too old for it": jax.__version_info__ < OLDEST_JAX,
         "rho_b, which mixes units": params.rho_b is not None,
         "lateral inhibition, which mixes units": params.resist_inh is not None,
-        "valid": request.valid is not None,
-        "record 'u'": "u" in request.record,
         f"params of dtype {params.thr.dtype}": params.thr.dtype != jnp.float32,
         f"currents of dtype {currents.dtype}": str(currents.dtype) not in _CURRENTS,
         f"spike_dtype {request.spike_dtype}": str(request.spike_dtype) not in _SPIKES,
-        "jax.shard_map with check_vma=True": bool(varying(currents)),
         "an empty sequence or batch": 0 in currents.shape,
     }
     return next((reason for reason, so in reasons.items() if so), None)

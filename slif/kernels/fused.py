@@ -2,123 +2,162 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from slif.kernels import interpret, loop, mosaic_gpu
+from slif.kernels import elsewhere, interpret, loop, mosaic_gpu
+from slif.kernels.spread import spread, units
 from slif.raster import pack_spikes
-from slif.request import Request
+from slif.request import SUMMARIES, Request
 from slif.types import FIELDS, SLIFParams, SLIFState
 
 
-def run(params: SLIFParams, state: SLIFState, currents: Array, request: Request) -> tuple[SLIFState, dict[str, Array]]:
-    """What `loops.plain.run` gives; `valid` has to be None. With respect to the voltage, reverse mode only."""
-    record, spike_dtype = request.record, request.spike_dtype
-    shape, n = state.v.shape, state.v.size
-    padding = max(mosaic_gpu.WARPGROUP - n, 0)
-    voltage = params.surrogate.wrt == "voltage"
+def run(
+    params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, by_name: bool
+) -> tuple[SLIFState, dict[str, Array]]:
+    """What `loops.plain.run` gives; with respect to the voltage, reverse mode only.
 
-    def flat(x: Array) -> Array:
-        """Every row's units side by side, [M]; one number stays one."""
-        if x.size == 1 and n > 1:
-            return x.reshape(1)
-        return jnp.pad(jnp.broadcast_to(x, shape).reshape(n), (0, padding), mode="edge")
-
-    fields = tuple(name for name in record if name in FIELDS)
+    Where the program turns out not to be for an NVIDIA GPU, the interpreter runs the kernels if they were asked for by
+    name, else a scan takes their place.
+    """
+    record = request.record
+    rows = [name for name in record if name not in (*SUMMARIES, "s_packed")]
     only_packed = "s_packed" in record and "s" not in record
     plan = loop.Plan(
         n_steps=len(currents),
-        n_units=n + padding,
-        width=mosaic_gpu.width(n + padding, voltage),
-        record=(*fields, "s") if only_packed else fields,
-        # Mosaic stores no bool: one more pass over a byte a spike, 7 bytes an update in place of 5.
-        spike_dtype=jnp.dtype(jnp.uint8) if only_packed or spike_dtype == jnp.bool_ else spike_dtype,
+        record=(*rows, "s") if only_packed else tuple(rows),
+        spike_dtype=jnp.dtype(jnp.uint8) if only_packed else request.spike_dtype,
         count="spike_count" in record,
         first="first_spike_time" in record,
-        keep=False,
+        masked=request.valid is not None,
+        checkpoint_every=request.checkpoint_every,
     )
+    ones = (1,) * state.v.ndim
     inputs = loop.Inputs(
-        params=jax.tree.map(flat, params.replace(thr=None)),
-        state={name: flat(getattr(state, name)) for name in loop.CARRIED},
-        currents=jnp.pad(currents.reshape(len(currents), n), ((0, 0), (0, padding))),
-        dt=request.dt.reshape(1),
-        t0=request.t0.reshape(1),
+        params=jax.tree.map(lambda x: x.reshape(ones[x.ndim :] + x.shape), params.replace(thr=None)),
+        state={name: getattr(state, name) for name in plan.carried},
+        currents=currents,
+        live=None if request.valid is None else jnp.packbits(request.valid, axis=0, bitorder="little"),
+        dt=request.dt.reshape(ones),
+        t0=request.t0.reshape(ones),
     )
-    outs: dict[str, Any] = (_differentiable if voltage else _forward)(plan, inputs)
-    final = {name: x[:n].reshape(shape) for name, x in outs["final"].items()}
-    out = {name: x[:, :n].reshape(len(currents), *shape) for name, x in outs["record"].items()}
+    outs = (_differentiable if params.surrogate.wrt == "voltage" else _forward)(plan, by_name, inputs)
+    final = dict(outs["final"])
+    state = SLIFState(**{name: final.pop(name) for name in FIELDS})
+    out = final | outs["record"]
     if "s_packed" in record:
         out["s_packed"] = pack_spikes(out["s"])
-    if "s" in record:
-        out["s"] = out["s"].astype(spike_dtype)
-    return SLIFState(**{name: final.pop(name) for name in FIELDS}), {name: (final | out)[name] for name in record}
+    return state, {name: out[name] for name in record}
 
 
-def _launch(body: Callable, plan: loop.Plan, inputs: Any, out_type: Any, name: str) -> Any:
-    """The kernel on a GPU; elsewhere its body in the interpreter."""
-
-    def with_(launch: Callable) -> Callable:
-        return lambda inputs: launch(body, plan, inputs, out_type, name)
-
-    return lax.platform_dependent(inputs, cuda=with_(mosaic_gpu.launch), default=with_(interpret.launch))
+class Kernel(NamedTuple):
+    name: str
+    body: Callable
+    out_type: Callable  # of the plan, its arguments, and the shape of the units
+    scan: Callable  # does the same on other platforms
 
 
-def _forward(plan: loop.Plan, inputs: loop.Inputs) -> dict[str, Any]:
-    def array(dtype: Any, *lead: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*lead, plan.n_units), dtype)
+def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
+    rank = args[0].dt.ndim
+    out_type = functools.partial(kernel.out_type, plan, args)
 
-    summaries = [name for name, on in (("spike_count", plan.count), ("first_spike_time", plan.first)) if on]
-    out_type = {
-        "record": {name: array(plan.spike_dtype if name == "s" else jnp.float32, plan.n_steps) for name in plan.record},
-        "final": {name: array(jnp.float32) for name in (*FIELDS, *summaries)},
+    def by(launch: Callable) -> Callable:
+        return lambda args: spread(functools.partial(_flat, kernel, plan, launch), out_type, rank, args)
+
+    default = by(interpret.launch) if by_name else functools.partial(kernel.scan, plan)
+    return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), default=default)
+
+
+def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: Any) -> Any:
+    """The launch, with all units side by side."""
+    shape = units(rank, args)
+    n = math.prod(shape)
+    padded = max(n, mosaic_gpu.WARPGROUP)
+
+    def flat(x: Array) -> Array:
+        """[..., M]; one number for all stays one."""
+        steps = x.shape[: x.ndim - rank]
+        if n > 1 and x.size == math.prod(steps):
+            return x.reshape(*steps, 1)
+        x = jnp.broadcast_to(x, (*steps, *shape)).reshape(*steps, n)
+        return jnp.pad(x, [(0, 0)] * len(steps) + [(0, padded - n)], mode="edge")
+
+    plan = dataclasses.replace(plan, n_units=padded, width=mosaic_gpu.width(padded, kernel is REVERSE))
+    outs = launch(kernel.body, plan, jax.tree.map(flat, args), kernel.out_type(plan, args, (padded,)), kernel.name)
+    return jax.tree.map(lambda x: x[..., :n].reshape(*x.shape[:-1], *shape), outs)
+
+
+def _forward_type(plan: loop.Plan, _: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    def array(dtype: Any, *steps: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*steps, *shape), dtype)
+
+    return {
+        "record": {
+            name: array(plan.spike_dtype if name == "s" else jnp.float32, plan.n_steps) for name in plan.record
+        },
+        "final": {name: array(jnp.float32) for name in (*FIELDS, *plan.summaries)},
         "kept": {name: array(jnp.float32, plan.n_blocks + 1) for name in loop.KEPT if plan.keep},
     }
-    return _launch(loop.forward, plan, (inputs,), out_type, "slif_forward")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(plan: loop.Plan, inputs: loop.Inputs) -> dict[str, Any]:
-    return _forward(plan, inputs)
+def _reverse_type(plan: loop.Plan, args: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    inputs, _ = args
+    number = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return {
+        "currents": jax.ShapeDtypeStruct((plan.n_steps, *shape), inputs.currents.dtype),
+        "inputs": dict.fromkeys((*plan.moving, *loop.trained(inputs.params), "dt"), number),
+    }
 
 
-def _keep(plan: loop.Plan, inputs: loop.Inputs) -> tuple[dict[str, Any], tuple[loop.Inputs, dict[str, Array]]]:
-    outs = _forward(dataclasses.replace(plan, keep=True), inputs)
+FORWARD = Kernel("slif_forward", loop.forward, _forward_type, elsewhere.forward)
+REVERSE = Kernel("slif_reverse", loop.reverse, _reverse_type, elsewhere.reverse)
+
+
+def _forward(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> dict[str, Any]:
+    return _launch(FORWARD, plan, by_name, (inputs,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> dict[str, Any]:
+    return _forward(plan, by_name, inputs)
+
+
+def _keep(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> tuple[dict[str, Any], Any]:
+    outs = _forward(dataclasses.replace(plan, keep=True), by_name, inputs)
     return outs | {"kept": {}}, (inputs, outs["kept"])
 
 
-def _pull(plan: loop.Plan, residuals: Any, bars: dict[str, Any]) -> tuple[loop.Inputs]:
+def _pull(plan: loop.Plan, by_name: bool, residuals: Any, bars: dict[str, Any]) -> tuple[loop.Inputs]:
     inputs, kept = residuals
-    trained = [name for name in loop.TRAINED if getattr(inputs.params, name) is not None]
-    out_type = {
-        "currents": jax.ShapeDtypeStruct(inputs.currents.shape, inputs.currents.dtype),
-        "inputs": dict.fromkeys((*loop.MOVING, *trained, "dt"), jax.ShapeDtypeStruct((plan.n_units,), jnp.float32)),
-    }
     given = loop.Bars(
         record={
             name: bar
             for name, bar in bars["record"].items()
-            if name in loop.DIFFERENTIATED and jnp.issubdtype(bar.dtype, jnp.floating)
+            if name in (*loop.DIFFERENTIATED, "u") and jnp.issubdtype(bar.dtype, jnp.floating)
         },
         final={name: bars["final"][name] for name in loop.DIFFERENTIATED},
         spike_count=bars["final"].get("spike_count"),
     )
-    outs = _launch(loop.reverse, plan, (inputs._replace(state=kept), given), out_type, "slif_reverse")
+    outs = _launch(REVERSE, plan, by_name, (inputs._replace(state=kept), given))
 
-    def like(name: str, x: Array) -> Array:
-        bar = outs["inputs"][name]
-        return bar.sum(keepdims=True) if x.shape == (1,) else bar
+    def like(x: Array, bar: Array) -> Array:
+        return bar.sum([n for n, size in enumerate(x.shape) if size == 1], keepdims=True)
 
-    zeros = jax.tree.map(jnp.zeros_like, inputs._replace(currents=None))
+    found = outs["inputs"]
+    zeros = jax.tree.map(jnp.zeros_like, inputs._replace(currents=None, live=None))
+    params = {name: like(getattr(inputs.params, name), found[name]) for name in loop.trained(inputs.params)}
+    state = {name: found[name] for name in plan.moving}
     return (
         zeros._replace(
-            params=zeros.params.replace(**{name: like(name, getattr(inputs.params, name)) for name in trained}),
-            state=zeros.state | {name: like(name, inputs.state[name]) for name in loop.MOVING},
+            params=zeros.params.replace(**params),
+            state=zeros.state | state,
             currents=outs["currents"],
-            dt=like("dt", inputs.dt),
+            dt=like(inputs.dt, found["dt"]),
         ),
     )
 

@@ -1,7 +1,7 @@
 """The time loop of a tile of units, forwards and backwards, with the state in registers.
 
 Both bodies are the same Python functions wherever they run; a launcher gives them references to whole arrays, the place
-of their tile, and how to load it. They call the equations of `slif.cell` and JAX's derivative of them, and hold none.
+of their tile, and how to load it. They call the equations of the plain loop and JAX's derivative of them, and hold none.
 
 Letters: T time steps, M units (every row of a batch counts), K steps a block.
 """
@@ -15,15 +15,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from slif.cell import advance as advance_cell
 from slif.kernels.bare import bare
-from slif.types import SLIFParams, SLIFState
+from slif.loops.plain import turn
+from slif.types import FIELDS, SLIFParams, SLIFState
 
-CARRIED = ("v", "thr", "rfr", "tols")  # what a later step reads, and tols
 KEPT = ("v", "thr", "rfr")  # what the reverse loop starts a block from
-MOVING = ("v", "thr")  # fields that carry a gradient from step to step
-DIFFERENTIATED = (*MOVING, "s", "j")  # fields that have one
+DIFFERENTIATED = ("v", "thr", "s", "j")  # fields that have a gradient
 TRAINED = ("tau_m", "resist_m", "thr_gain", "thr_leak")
+BLOCK = 8  # K: steps whose currents are loaded ahead, and whose states the reverse loop holds in registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +30,29 @@ class Plan:
     """What a kernel is compiled for."""
 
     n_steps: int  # T
-    n_units: int  # M
-    width: int  # units of a tile, M or less
-    record: tuple[str, ...]  # fields written at each step, [T, M]
+    record: tuple[str, ...]  # written at each step, [T, M]
     spike_dtype: Any
     count: bool  # of the output spikes, [M]
     first: bool  # time of the first output spike, [M]
-    keep: bool  # the state before each block, [ceil(T / K), M], for the reverse loop
+    masked: bool  # some rows are frozen at some steps
+    checkpoint_every: int | None  # of the scan where one has to stand in
+    keep: bool = False  # the state before each block, [ceil(T / K), M], for the reverse loop
+    n_units: int = 0  # M
+    width: int = 0  # units of a tile, M or less
 
-    block = 8  # K: steps whose currents are loaded ahead, and whose states the reverse loop holds in registers
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The fields that go round the loop: what a later step reads, tols, and what a frozen row is to show."""
+        return FIELDS if self.masked else ("v", "thr", "rfr", "tols")
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """The fields that carry a gradient from step to step."""
+        return ("v", "thr", "s", "j") if self.masked else ("v", "thr")
+
+    @property
+    def summaries(self) -> tuple[str, ...]:
+        return ("spike_count",) * self.count + ("first_spike_time",) * self.first
 
     @property
     def n_tiles(self) -> int:
@@ -48,17 +61,23 @@ class Plan:
     @property
     def n_blocks(self) -> int:
         """Whole blocks; what remains after them is 1 to K steps, so that the last step always stands apart."""
-        return (self.n_steps - 1) // self.block
+        return (self.n_steps - 1) // BLOCK
 
 
 class Inputs(NamedTuple):
-    """What both loops read; numbers are [1], what differs between units [M]."""
+    """What both loops read; a number for all units has a last axis of 1."""
 
-    params: SLIFParams
-    state: dict[str, Array]  # CARRIED, [M]
+    params: SLIFParams  # [M]
+    state: dict[str, Array]  # Plan.carried, [M]; KEPT, [ceil(T / K), M], for the reverse loop
     currents: Array  # [T, M]
-    dt: Array
-    t0: Array
+    live: Array | None  # [ceil(T / K), M] bit k: whether the row is live at step k of the block
+    dt: Array  # [M]
+    t0: Array  # [M]
+
+
+def trained(params: SLIFParams) -> tuple[str, ...]:
+    """The parameters that have a gradient."""
+    return tuple(name for name in TRAINED if getattr(params, name) is not None)
 
 
 class Tile(NamedTuple):
@@ -66,56 +85,69 @@ class Tile(NamedTuple):
 
     units: Any  # their slice of M
     load: Callable[[Any], Array]  # reads a reference [width] into registers
-    fill: Callable[[float], Array]  # a number in the same registers
+    fill: Callable[[Any], Array]  # a number in the same registers, as float32
 
-    def read(self, ref: Any) -> Array:
-        """A number, or the tile's share of an array [M]."""
+    def number(self, ref: Any) -> Array:
+        """What stays one number where it is one, or the tile's share of [M]."""
         return ref[0] if ref.shape[-1] == 1 else self.load(ref.at[self.units])
 
-    def row(self, ref: Any, k: Any) -> Array:
-        """The tile's share of row k of an array [T, M]."""
-        return self.load(ref.at[k, self.units])
+    def row(self, ref: Any, *k: Any) -> Array:
+        """The tile's share of [M], or of row k of [T, M]."""
+        return self.fill(ref[*k, 0]) if ref.shape[-1] == 1 else self.load(ref.at[*k, self.units])
+
+    def bits(self, ref: Any, k: Any) -> Array:
+        return self.row(ref, k).astype(jnp.int32)
 
 
-def step(params: SLIFParams, fields: dict[str, Array], j: Array, t: Array, dt: Array) -> SLIFState:
-    """One step of the cell, from the fields that go round the loop."""
-    old = SLIFState(**dict.fromkeys(("j", "s", "surrogate")), **fields)
-    return advance_cell(params, old, j, t, dt)
+def live_at(bits: Array | None, k: int) -> Array | None:
+    return None if bits is None else (bits & (1 << k)) != 0
+
+
+def step(
+    params: SLIFParams, fields: dict[str, Array], j: Array, t: Array, dt: Array, live: Array | None
+) -> tuple[SLIFState, dict[str, Array]]:
+    """One step, from the fields that go round the loop: the state after it, and what it shows beside its fields."""
+    old = SLIFState(**dict.fromkeys(FIELDS) | fields)
+    new, u, s = turn(params, old, j, t, dt, live)
+    return new, {"u": u, "s": s}
 
 
 def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> None:
     """Runs all T steps of a tile."""
-    params = jax.tree.map(tile.read, inputs.params)
-    dt, t0 = tile.read(inputs.dt), tile.read(inputs.t0)
+    params = jax.tree.map(tile.number, inputs.params)
+    dt, t0 = tile.number(inputs.dt), tile.number(inputs.t0)
 
-    def wanted(params, carry, j, t, dt):
+    def wanted(params, carry, j, t, dt, live):
         fields, summary = carry
-        new = step(params, fields, j, t, dt)
+        new, shown = step(params, fields, j, t, dt, live)
         summary = dict(summary)
         if plan.count:
-            summary["spike_count"] = summary["spike_count"] + new.s
+            summary["spike_count"] = summary["spike_count"] + shown["s"]
         if plan.first:
             first = summary["first_spike_time"]
-            summary["first_spike_time"] = jnp.where(new.s > 0, jnp.minimum(first, t), first)
-        record = {name: getattr(new, name) for name in plan.record}
-        return ({name: getattr(new, name) for name in CARRIED}, summary), record, new
+            summary["first_spike_time"] = jnp.where(shown["s"] > 0, jnp.minimum(first, t), first)
+        record = {name: x for name, x in (vars(new) | shown).items() if name in plan.record}
+        return ({name: getattr(new, name) for name in plan.carried}, summary), record, new
 
     advance, finish = bare(lambda *args: wanted(*args)[:2]), bare(wanted)
 
     def write(k, record):
         for name, x in record.items():
-            outs["record"][name][k, tile.units] = x.astype(plan.spike_dtype) if name == "s" else x
+            ref = outs["record"][name]
+            ref[k, tile.units] = x.astype(ref.dtype)
 
-    def fetch(start, n):
-        return [tile.row(inputs.currents, start + k) for k in range(n)]
+    def fetch(b, n):
+        """The currents of the first n steps of a block, and who is live in them."""
+        bits = None if inputs.live is None else tile.bits(inputs.live, b)
+        return [tile.row(inputs.currents, b * BLOCK + k) for k in range(n)], bits
 
     def block(b, carry):
-        carry, currents = carry
-        ahead = fetch(jnp.minimum(b + 1, plan.n_blocks - 1) * plan.block, plan.block)
+        carry, (currents, bits) = carry
+        ahead = fetch(jnp.minimum(b + 1, plan.n_blocks - 1), BLOCK)
         keep(b, carry)
         for n, j in enumerate(currents):
-            k = b * plan.block + n
-            carry, record = advance(params, carry, j, t0 + k.astype(t0.dtype) * dt, dt)
+            k = b * BLOCK + n
+            carry, record = advance(params, carry, j, t0 + k.astype(t0.dtype) * dt, dt, live_at(bits, n))
             write(k, record)
         return carry, ahead
 
@@ -124,7 +156,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
             for name in KEPT:
                 outs["kept"][name][b, tile.units] = carry[0][name]
 
-    fields = {name: tile.read(inputs.state[name]) for name in CARRIED}
+    fields = {name: tile.row(inputs.state[name]) for name in plan.carried}
     summary = {}
     if plan.count:
         summary["spike_count"] = tile.fill(0)
@@ -132,17 +164,17 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
         summary["first_spike_time"] = tile.fill(jnp.inf)
     carry = (fields, summary)
     if plan.n_blocks:
-        carry, _ = lax.fori_loop(0, plan.n_blocks, block, (carry, fetch(0, plan.block)))
+        carry, _ = lax.fori_loop(0, plan.n_blocks, block, (carry, fetch(0, BLOCK)))
     keep(plan.n_blocks, carry)
-    start = plan.n_blocks * plan.block
-    *most, last = fetch(start, plan.n_steps - start)
+    start = plan.n_blocks * BLOCK
+    (*most, last), bits = fetch(plan.n_blocks, plan.n_steps - start)
     for n, j in enumerate(most):
-        carry, record = advance(params, carry, j, t0 + (start + n) * dt, dt)
+        carry, record = advance(params, carry, j, t0 + (start + n) * dt, dt, live_at(bits, n))
         write(start + n, record)
     end = plan.n_steps - 1
-    carry, record, new = finish(params, carry, last, t0 + end * dt, dt)
+    carry, record, new = finish(params, carry, last, t0 + end * dt, dt, live_at(bits, end - start))
     write(end, record)
-    for name, x in (carry[1] | dict(new.__dict__)).items():
+    for name, x in (carry[1] | vars(new)).items():
         outs["final"][name][tile.units] = x
 
 
@@ -156,59 +188,65 @@ class Bars(NamedTuple):
 
 def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, Any]) -> None:
     """Runs all T steps of a tile backwards; each block runs forwards first, from the state that was kept."""
-    params = jax.tree.map(tile.read, inputs.params)
+    params = jax.tree.map(tile.number, inputs.params)
     zero = tile.fill(0)  # added to a number, it makes one a unit: their cotangents are summed outside
-    trained = {name: x + zero for name in TRAINED if (x := getattr(params, name)) is not None}
-    dt = tile.read(inputs.dt) + zero
+    own = {name: getattr(params, name) + zero for name in trained(params)}
+    dt = tile.number(inputs.dt) + zero
+    unread = dict.fromkeys(FIELDS if plan.masked else ("tols",), zero)  # what no gradient depends on
 
-    def advance(trained, fields, j, dt):
-        new = step(params.replace(**trained), fields | {"tols": fields["v"]}, j, dt, dt)
+    def advance(own, fields, j, dt, live):
+        new, _ = step(params.replace(**own), unread | fields, j, dt, dt, live)
         return {name: getattr(new, name) for name in KEPT}
 
-    def pull(trained, fields, j, dt, bar):
-        def outputs(trained, moving, j, dt):
-            new = step(params.replace(**trained), fields | moving | {"tols": fields["v"]}, j, dt, dt)
-            return {name: getattr(new, name) for name in DIFFERENTIATED}
+    def pull(own, fields, j, dt, live, bar):
+        def outputs(own, moving, j, dt):
+            new, shown = step(params.replace(**own), unread | fields | moving, j, dt, dt, live)
+            return {name: getattr(new, name) for name in bar[0]}, {name: shown[name] for name in bar[1]}
 
-        moving = {name: fields[name] for name in MOVING}
-        return jax.vjp(outputs, trained, moving, j, dt)[1](bar)
+        moving = {name: (unread | fields)[name] for name in plan.moving}
+        return jax.vjp(outputs, own, moving, j, dt)[1](bar)
 
     advance, pull = bare(advance), bare(pull)
-    count = None if bars.spike_count is None else tile.load(bars.spike_count.at[tile.units])
+    count = None if bars.spike_count is None else tile.row(bars.spike_count)
 
-    def block(start, n, fields, carry, last=None):
-        """Steps start to start + n, whose first begins with `fields`."""
+    def block(b, n, carry, last=None):
+        """The first n steps of a block."""
         bar, total = carry
+        start = b * BLOCK
+        fields = {name: tile.row(inputs.state[name], b) for name in KEPT}
+        bits = None if inputs.live is None else tile.bits(inputs.live, b)
         currents = [tile.row(inputs.currents, start + k) for k in range(n)]
         rows = [{name: tile.row(x, start + k) for name, x in bars.record.items()} for k in range(n)]
         states = [fields]
-        for j in currents[:-1]:
-            states.append(advance(trained, states[-1], j, dt))
+        for k, j in enumerate(currents[:-1]):
+            states.append(advance(own, states[-1], j, dt, live_at(bits, k)))
         for k in reversed(range(n)):
-            full = {"s": zero, "j": zero} | bar
-            extra = [rows[k], {} if count is None else {"s": count}, (last or {}) if k == n - 1 else {}]
-            for name, x in ((name, x) for part in extra for name, x in part.items()):
-                full[name] = full[name] + x.astype(full[name].dtype)
-            d_trained, bar, d_j, d_dt = pull(trained, states[k], currents[k], dt, full)
-            total = jax.tree.map(jnp.add, total, (d_trained, d_dt))
-            outs["currents"][start + k, tile.units] = d_j
+            of_fields = {"s": zero, "j": zero} | bar
+            of_shown = {"s": zero} | ({"u": zero} if "u" in rows[k] else {})
+            extra = [(of_shown if name in of_shown else of_fields, name, x) for name, x in rows[k].items()]
+            if count is not None:
+                extra.append((of_shown, "s", count))
+            if last is not None and k == n - 1:
+                extra.extend((of_fields, name, x) for name, x in last.items())
+            for full, name, x in extra:
+                full[name] = full[name] + x.astype(zero.dtype)
+            bar = (of_fields, of_shown)
+            d_own, bar, d_j, d_dt = pull(own, states[k], currents[k], dt, live_at(bits, k), bar)
+            total = jax.tree.map(jnp.add, total, (d_own, d_dt))
+            ref = outs["currents"]
+            ref[start + k, tile.units] = d_j.astype(ref.dtype)
         return bar, total
 
-    def kept(b):
-        return {name: tile.row(inputs.state[name], b) for name in KEPT}
-
-    final = {name: tile.load(x.at[tile.units]) for name, x in bars.final.items()}
-    carry = ({name: final[name] for name in MOVING}, jax.tree.map(lambda _: zero, (trained, dt)))
-    start = plan.n_blocks * plan.block
-    last = {name: x for name, x in final.items() if name not in MOVING}
-    carry = block(start, plan.n_steps - start, kept(plan.n_blocks), carry, last)
+    final = {name: tile.row(x) for name, x in bars.final.items()}
+    carry = ({name: final[name] for name in plan.moving}, jax.tree.map(lambda _: zero, (own, dt)))
+    last = {name: x for name, x in final.items() if name not in plan.moving}
+    carry = block(plan.n_blocks, plan.n_steps - plan.n_blocks * BLOCK, carry, last)
 
     def body(n, carry):
-        b = plan.n_blocks - 1 - n
-        return block(b * plan.block, plan.block, kept(b), carry)
+        return block(plan.n_blocks - 1 - n, BLOCK, carry)
 
     if plan.n_blocks:
         carry = lax.fori_loop(0, plan.n_blocks, body, carry)
-    bar, (d_trained, d_dt) = carry
-    for name, x in (bar | d_trained | {"dt": d_dt}).items():
+    bar, (d_own, d_dt) = carry
+    for name, x in (bar | d_own | {"dt": d_dt}).items():
         outs["inputs"][name][tile.units] = x

@@ -20,9 +20,9 @@ def choose(
 ) -> Loop:
     """The loop for these arguments; `constant` where nothing is differentiated through it."""
     if fuses(implementation, params, currents, request):
-        from slif.kernels.fused import run  # where it is used, since importing Pallas takes longer than JAX itself
+        from slif.kernels import fused  # where it is used, since importing Pallas takes longer than JAX itself
 
-        return run
+        return functools.partial(fused.run, by_name=implementation == "pallas")
     if currents.shape[0] == 0:
         return plain.run
     # Where thresholds wait for a sum over units, the spikes of the turned loop do too: 0.85 of the plain one's speed.

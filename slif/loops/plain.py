@@ -1,5 +1,7 @@
 """The recurrence as it is written: the truth that every other loop is held against."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,15 +19,22 @@ def run(
     def body(carry, x):
         old, summaries = carry
         j, t, live = x
-        # A frozen row's current never reaches the equations, so that no NaN in it reaches a gradient.
-        j = freeze(live, j, jnp.zeros_like(j)).astype(old.v.dtype)
-        i = drive(params, old.s, j)
-        u = charge(params, old, i, request.dt)
-        new = fire(params, old, u, i, t.astype(old.v.dtype), request.dt)
-        new, u, s = freeze(live, (new, u, new.s), (old, old.v, jnp.zeros_like(old.s)))
+        new, u, s = turn(params, old, j, t, request.dt, live)
         return (new, request.summarise(summaries, s, t)), request.observe(new, u, s)
 
     xs = (currents, request.times(currents.shape[0]), request.valid)
     carry = (state, request.summaries(state))
     (state, summaries), out = scan(body, carry, xs, request.checkpoint_every, unroll)
     return state, out | summaries
+
+
+def turn(
+    params: SLIFParams, old: SLIFState, j: Array, t: Array, dt: Array, live: Array | None
+) -> tuple[SLIFState, Any, Any]:
+    """The state after a step, u, and the spikes that the step shows."""
+    # A frozen row's current never reaches the equations, so that no NaN in it reaches a gradient.
+    j = freeze(live, j, jnp.zeros_like(j)).astype(old.v.dtype)
+    i = drive(params, old.s, j)
+    u = charge(params, old, i, dt)
+    new = fire(params, old, u, i, t.astype(old.v.dtype), dt)
+    return freeze(live, (new, u, new.s), (old, old.v, jnp.zeros_like(new.s)))

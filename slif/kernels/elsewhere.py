@@ -1,0 +1,65 @@
+"""What stands in for the kernels in a program that is for another platform than an NVIDIA GPU: the scan.
+
+On a machine with a GPU, a program's platform is known only once it is lowered.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from slif.kernels.loop import KEPT, Bars, Inputs, Plan, trained
+from slif.loops import plain
+from slif.request import Request
+from slif.types import FIELDS, SLIFState
+
+
+def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
+    """What the kernel gives; of the states that it keeps, only the first one, from which all others follow."""
+    (inputs,) = args
+    n_steps, *shape = inputs.currents.shape
+    zeros = jnp.zeros_like(inputs.state["v"])
+    request = Request(
+        dt=inputs.dt.reshape(()),
+        t0=inputs.t0.reshape(()),
+        valid=None if inputs.live is None else _valid(inputs.live, n_steps),
+        record=(*plan.record, *plan.summaries),
+        spike_dtype=plan.spike_dtype,
+        checkpoint_every=plan.checkpoint_every,
+    )
+    state = SLIFState(**dict.fromkeys(FIELDS, zeros) | inputs.state)
+    final, out = plain.run(inputs.params, state, inputs.currents, request)
+    summaries = {name: out.pop(name) for name in plan.summaries}
+    kept = {
+        name: jnp.zeros((plan.n_blocks + 1, *shape), x.dtype).at[0].set(x)
+        for name, x in inputs.state.items()
+        if plan.keep and name in KEPT
+    }
+    return {"record": out, "final": vars(final) | summaries, "kept": kept}
+
+
+def _valid(live: Array, n_steps: int) -> Array:
+    return jnp.unpackbits(live, axis=0, count=n_steps, bitorder="little").astype(bool)
+
+
+def reverse(plan: Plan, args: tuple[Inputs, Bars]) -> dict[str, Any]:
+    """The derivative of `forward`, which runs once more for it."""
+    inputs, bars = args
+    shape = inputs.currents.shape[1:]
+    first = dict.fromkeys(plan.carried, jnp.zeros(shape)) | {name: x[0] for name, x in inputs.state.items()}
+    # One number a unit, as the kernel has it: their cotangents are summed outside.
+    own = {name: jnp.broadcast_to(getattr(inputs.params, name), shape) for name in trained(inputs.params)}
+
+    def outputs(own, moving, currents, dt):
+        given = inputs._replace(params=inputs.params.replace(**own), state=first | moving, currents=currents, dt=dt)
+        outs = forward(plan, (given,))
+        count = outs["final"].get("spike_count")
+        return Bars(
+            {name: outs["record"][name] for name in bars.record}, {name: outs["final"][name] for name in bars.final}, count
+        )
+
+    moving = {name: first[name] for name in plan.moving}
+    d_own, d_moving, d_currents, d_dt = jax.vjp(outputs, own, moving, inputs.currents, inputs.dt)[1](bars)
+    d_dt = jnp.zeros(shape).at[(0,) * len(shape)].set(d_dt.sum())
+    return {"currents": d_currents, "inputs": d_moving | d_own | {"dt": d_dt}}
