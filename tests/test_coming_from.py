@@ -1,15 +1,13 @@
 """The guide from other packages says the truth: its code makes the spikes and gradients that they make."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import ROOT, run_code
 from test_checkpoint import make_cell
-from test_readme import run_code
 
-GUIDE = Path(__file__).parents[1] / "examples" / "coming_from.md"
+GUIDE = ROOT / "examples" / "coming_from.md"
 
 
 @pytest.fixture

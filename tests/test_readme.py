@@ -1,34 +1,18 @@
 """The code of README and of the guides runs as it stands, from top to bottom."""
 
-import re
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
+from pages import ROOT, recipes, run_blocks, run_code
 
 import slif
 
-ROOT = Path(__file__).parents[1]
-pytest.importorskip("nir")
-pytest.importorskip("matplotlib")
+GUIDES = ROOT / "examples" / "guides.md"
 
 
-def run_code(path, folder, monkeypatch):
-    """The names after the last block; files are written to the folder."""
-    monkeypatch.chdir(folder)
-    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    names: dict = {"losses": []}
-    for block in blocks:
-        with jax.numpy_rank_promotion("allow"):  # JAX's default, and the reader's
-            exec(compile(block, str(path), "exec"), names)
-        if "value" in names:
-            names["losses"].append(names.pop("value"))
-    return names
-
-
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="README sets the mesh by a name that this jax lacks")
 def test_readme(tmp_path, monkeypatch):
     names = run_code(ROOT / "README.md", tmp_path, monkeypatch)
     assert len(names["losses"]) == 2
@@ -37,7 +21,7 @@ def test_readme(tmp_path, monkeypatch):
 
 
 def test_guides(tmp_path, monkeypatch):
-    names = run_code(ROOT / "examples" / "guides.md", tmp_path, monkeypatch)
+    names = run_code(GUIDES, tmp_path, monkeypatch)
     params, currents, dt = names["params"], names["currents"], names["dt"]
 
     def simulate(params, currents, state=None, **arguments):
@@ -56,6 +40,7 @@ def test_guides(tmp_path, monkeypatch):
         expected = expected + gradient
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(names["gradient"], expected, rtol=1e-3, atol=1e-4)
+    assert_same(names["last"], simulate(params, currents @ names["weight"])[0])  # the clock included
 
     np.testing.assert_array_equal(names["rates"][3], 0)
     np.testing.assert_allclose(names["rates"][0], 10 * simulate(params, currents)[1]["s"][:, 0].sum(0), rtol=1e-6)
@@ -63,12 +48,23 @@ def test_guides(tmp_path, monkeypatch):
     np.testing.assert_array_equal(slif.unpack_spikes(names["packed"]["s_packed"], 32), names["raster"]["s"])
     assert names["gradient_of_half"].dtype == jnp.bfloat16
     assert np.abs(names["gradient_of_half"].astype(np.float32)).max() > 0
+    rates = [1000 / dt * simulate(slif.point(params, names["over"], k), currents)[1]["s"].mean() for k in range(12)]
+    np.testing.assert_allclose(names["hertz"], rates, rtol=1e-5)
+    assert_same(names["tuned"], slif.point(params, names["over"], int(np.abs(np.array(rates) - 50).argmin())))
     assert_same(names["restored"], names["tree"])
+    np.testing.assert_array_equal(names["exported_spikes"], simulate(params, currents)[1]["s"][:300, :5])
     np.testing.assert_array_equal(names["same"], names["net"].apply(names["variables"], currents))
     assert 0.01 < names["same"].mean() < 0.9
     np.testing.assert_array_equal(names["last_spike"], simulate(params, currents)[0].tols)
     for picture in ("raster", "traces", "surrogates"):
         assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("title", [title for title in recipes(GUIDES) if title])
+def test_a_guide_alone(title, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = recipes(GUIDES)
+    run_blocks(blocks[None] + blocks[title], GUIDES)
 
 
 def test_coming_from(tmp_path, monkeypatch):

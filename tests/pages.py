@@ -1,0 +1,42 @@
+"""The Python of a page in Markdown, run as a reader would type it in."""
+
+import re
+from itertools import chain
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What a block needs beyond the package itself, by what it says.
+NEEDS = {"import nir": "nir", "from slif import plot": "matplotlib", "from jax import export": "flatbuffers"}
+
+
+def recipes(path):
+    """Title -> blocks of each section, and under None those before the first section."""
+    head, *sections = re.split(r"^## ", path.read_text(), flags=re.MULTILINE)
+    texts = {None: head} | {text.partition("\n")[0]: text for text in sections}
+    return {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in texts.items()}
+
+
+def run_blocks(blocks, path, names=()):
+    """The names after the last block; skips where a package is absent that the blocks need."""
+    for words, package in NEEDS.items():
+        if any(words in block for block in blocks):
+            pytest.importorskip(package)
+    names = dict(names)
+    for block in blocks:
+        with jax.numpy_rank_promotion("allow"):  # JAX's default, and the reader's
+            exec(compile(block, str(path), "exec"), names)
+    return names
+
+
+def run_code(path, folder, monkeypatch):
+    """The names of a whole page, run from top to bottom, and each "value" of a block; files go to the folder."""
+    monkeypatch.chdir(folder)
+    names, losses = {}, []
+    for block in chain.from_iterable(recipes(path).values()):
+        names = run_blocks([block], path, names)
+        if "value" in names:
+            losses.append(names.pop("value"))
+    return names | {"losses": losses}

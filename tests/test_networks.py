@@ -1,0 +1,139 @@
+"""The recipes for networks: each runs with the page's first block alone, and does what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import assert_same
+from pages import ROOT, recipes, run_blocks
+
+import slif
+
+PAGE = ROOT / "examples" / "networks.md"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs the first block of the page and one recipe."""
+    monkeypatch.chdir(tmp_path)
+    head = run_blocks(recipes(PAGE)[None], PAGE)
+
+    def run(title):
+        names = run_blocks(recipes(PAGE)[title], PAGE, head)
+        changed = [name for name in head if name != "__builtins__" and names[name] is not head[name]]
+        assert changed == []  # so that the recipes run in any order
+        return names
+
+    with jax.numpy_rank_promotion("allow"):  # JAX's default, and the reader's
+        yield run
+
+
+def test_every_recipe_has_its_property():
+    tests = [name.removeprefix("test_") for name in globals() if name.startswith("test_")]
+    titles = [title.replace(",", "").replace(" ", "_").lower() for title in recipes(PAGE) if title]
+    assert [name for name in titles if name not in tests] == []
+
+
+def simulate(r, currents, **arguments):
+    return slif.simulate(r["params"], r["rest"], currents, dt=r["dt"], **arguments)[1]
+
+
+def test_a_recurrent_layer(run):
+    r = run("A recurrent layer")
+    alone = simulate(r, r["currents"])["s"]
+    assert 0.05 < r["spikes"].mean() < 0.9
+    for name in ("linen_spikes", "nnx_spikes"):
+        np.testing.assert_array_equal(r[name], r["spikes"])
+    np.testing.assert_array_equal(r["spikes"][0], alone[0])  # the feedback comes a step later
+    assert (r["spikes"] != alone).any()
+    assert_same(r["state"].s, r["spikes"][-1])
+    made = jax.eval_shape(r["layer"].init, jax.random.key(0), r["currents"])["params"]
+    assert jax.tree.map(jnp.shape, made) == {"cell": {"Dense_0": {"kernel": (16, 16)}}}
+
+
+def test_a_convolutional_network(run):
+    r = run("A convolutional network")
+    assert r["logits"].shape == (4, 10)
+    assert len(np.unique(r["logits"])) > 10
+    variables = r["variables"]["params"]["layers_0"]
+    shared = jax.jit(r["Layer"](4).apply)({"params": variables}, r["images"])
+    thr = np.tile(variables["SLIF_0"]["learned_thr"], 64)
+    own = jax.jit(r["Layer"](4, per_pixel=True).apply)
+    np.testing.assert_array_equal(own({"params": variables | {"SLIF_0": {"learned_thr": thr}}}, r["images"]), shared)
+    assert 0.05 < shared.mean() < 0.9
+
+
+def test_an_ensemble(run):
+    r = run("An ensemble")
+    members = [jax.tree.map(lambda x, k=k: x[k], r["members"]) for k in range(5)]
+    counts = np.stack([r["run"](*member)["spike_count"] for member in members])
+    np.testing.assert_allclose(r["votes"], counts.mean(0), rtol=1e-6)
+    assert (counts[1:] != counts[0]).any((1, 2)).all()
+    assert_same(r["first"], members[0])
+
+
+def test_reading_out_membranes(run):
+    r = run("Reading out membranes")
+    assert r["losses"][-1] < 0.1 * r["losses"][0]
+    r["readout"] = r["readout"].replace(surrogate=slif.secant())
+    assert_same(jax.jit(jax.grad(r["loss"]))(r["weights"]), jax.tree.map(jnp.zeros_like, r["weights"]))
+
+
+def test_losses_on_spike_counts_and_on_first_spikes(run):
+    r = run("Losses on spike counts and on first spikes")
+    first = simulate(r, r["currents"] @ r["weight"], record=("first_spike_time",))["first_spike_time"]
+    np.testing.assert_array_equal(r["first_spike"](r["weight"]), np.minimum(first, 50))
+    assert 0.2 < np.isfinite(first).mean() < 0.8
+    assert r["losses"][-1] < 0.1 * r["losses"][0]
+    np.testing.assert_array_equal(r["first_spike"](r["trained"]).argmin(-1), r["labels"])
+    silent = jax.jit(jax.grad(lambda weight: r["first_spike"](weight)[np.isinf(first)].sum()))(r["weight"])
+    assert np.abs(silent).max() > 0
+    assert np.abs(jax.jit(jax.grad(r["by_count"]))(r["weight"])).max() > 0
+
+
+def test_keeping_rates_in_a_range(run):
+    r = run("Keeping rates in a range")
+    before, after = (simulate(r, r["currents"] @ w)["s"].mean((0, 1)) for w in (r["weight"], r["trained"]))
+    assert before.min() == 0
+    assert before.max() > 0.3
+    assert after.min() > 0.04
+    assert after.max() < 0.21
+
+
+def test_encoding_by_rate_latency_and_change(run):
+    r = run("Encoding by rate, latency and change")
+    x, latency = np.ravel(r["x"]), np.reshape(r["by_latency"].argmax(0), -1)
+    np.testing.assert_allclose(r["by_rate"].mean(0).ravel(), x, atol=5 * 0.5 / np.sqrt(50))
+    np.testing.assert_array_equal(r["by_latency"].sum(0), 1)
+    assert (np.diff(latency[np.argsort(-x)]) >= 0).all()
+    assert (latency.min(), latency.max()) < (3, 47)
+    np.testing.assert_allclose(0.5 * np.cumsum(r["by_change"], 0), r["signal"], atol=0.25 + 1e-5)
+    assert (r["by_change"] == 0).mean() > 0.5
+    for name, spikes in r["spikes"].items():
+        assert 0.01 < spikes.mean() < 0.5, name
+
+
+def test_a_synapse_in_front(run):
+    r = run("A synapse in front")
+    since = np.arange(50)[:, None] - np.arange(50)
+    kernel = np.where(since >= 0, np.exp(-r["dt"] * since / 5), 0)
+    np.testing.assert_allclose(r["current"], np.einsum("tk,k...->t...", kernel, r["raster"]), rtol=1e-4, atol=1e-5)
+    middle, before = r["synapse"](r["raster"][:20], jnp.zeros((4, 16)))
+    last, after = r["synapse"](r["raster"][20:], middle)
+    assert_same((last, np.concatenate([before, after])), (r["last"], r["current"]))
+    assert 0.01 < r["out"]["s"].mean() < 0.5
+
+
+def test_learning_time_constants(run):
+    r = run("Learning time constants")
+    np.testing.assert_allclose(r["learned"].tau_m, r["teacher"], rtol=0.1)
+    assert r["losses"][-1] < 0.01 * r["losses"][0]
+
+
+def test_a_whole_network_to_nir_and_back(run):
+    r = run("A whole network to NIR and back")
+    assert_same(r["again"], r["network"])
+    np.testing.assert_array_equal(r["same"], r["spikes"])
+    assert 0.05 < r["spikes"].mean() < 0.9
+    assert {("cell_1", "feedback_1"), ("feedback_1", "cell_1")} <= set(r["graph"].edges)
+    assert len(r["graph"].edges) == 9
