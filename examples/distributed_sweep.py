@@ -106,7 +106,7 @@ def connect(args: argparse.Namespace) -> None:
     timeouts: dict[str, Any] = {"initialization_timeout": args.timeout, "heartbeat_timeout_seconds": args.timeout}
     if args.cluster:
         jax.distributed.initialize(**timeouts)
-    elif args.processes is not None and args.processes > 1:
+    elif args.processes > 1:
         jax.distributed.initialize(args.coordinator, args.processes, args.process, **timeouts)
 
 
@@ -127,9 +127,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.cluster and (args.process is not None or args.processes is not None):
         parser.error("--cluster finds the processes itself: leave out --processes and --process")
-    if args.process is not None and args.processes is None:
+    if args.processes is None and args.process is not None:
         parser.error("--process: give --processes too, how many there are")
-    if args.process is None and (args.processes or 1) > 1:
+    args.processes = args.processes or 1
+    if args.process is None and args.processes > 1:
         parser.error("--processes: give --process too, the number of this one")
     if args.process is not None and args.process >= args.processes:
         parser.error(f"--process: expected 0 to {args.processes - 1}, got {args.process}")
