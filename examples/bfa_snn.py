@@ -52,8 +52,8 @@ CELL: dict[str, Any] = {
     "sticky_spikes": True,
 }
 # The published settings are for MNIST. The bundled digits are 40 times fewer: larger updates learn them in as many
-# seconds, and shrink in order to settle. Over seeds 0 .. 7 that gives 92.2 to 94.7 % on their test images by current, and
-# 92.2 to 93.6 % by spikes.
+# seconds, and shrink in order to settle. Over seeds 0 .. 7 that gives 92.2 to 94.7 % on their test images by current,
+# and 92.2 to 93.6 % by spikes.
 MNIST = {"epochs": 30, "hidden": 1000, "batch_size": 250, "rate": 1.0, "decay": 1.0}
 BUNDLED = {"epochs": 8, "hidden": 500, "batch_size": 50, "rate": 16.0, "decay": 0.5}
 

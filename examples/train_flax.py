@@ -5,8 +5,8 @@
     python examples/train_flax.py --eval out/train_flax/weights.npz    test accuracy of weights saved before
 
 Dense -> SLIF -> Dense -> SLIF: an image drives the first layer as a constant current, and the spike counts of the last
-are the logits. Over seeds 0 .. 7 that tells 97.2 to 98.9 % of the bundled digits' test images with the secant, and 97.8 to
-99.2 % with arctan.
+are the logits. Over seeds 0 .. 7 that tells 97.2 to 98.9 % of the bundled digits' test images with the secant, and
+97.8 to 99.2 % with arctan.
 """
 
 import argparse
