@@ -28,10 +28,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
-from digits import N_CLASSES, Digits, Parser, load, read_npz, saved
+from digits import N_CLASSES, Digits, check_weights, load
 from jax import Array, lax
 from jax.typing import ArrayLike
 from tqdm import tqdm
@@ -51,7 +52,8 @@ CELL: dict[str, Any] = {
     "sticky_spikes": True,
 }
 # The published settings are for MNIST. The bundled digits are 40 times fewer: larger updates learn them in as many
-# seconds, and shrink in order to settle. Over seeds 0 .. 7 that gives 92.2 to 94.7 % on their test images.
+# seconds, and shrink in order to settle. Over seeds 0 .. 7 that gives 92.2 to 94.7 % on their test images by current,
+# and 92.2 to 93.6 % by spikes.
 MNIST = {"epochs": 30, "hidden": 1000, "batch_size": 250, "rate": 1.0, "decay": 1.0}
 BUNDLED = {"epochs": 8, "hidden": 500, "batch_size": 50, "rate": 16.0, "decay": 0.5}
 
@@ -238,13 +240,13 @@ def train(options: Any, digits: Digits) -> tuple[Weights, list[Epoch]]:
         epoch_key, correct, start = jax.random.fold_in(run_key, epoch), 0, time.perf_counter()
         # What does not fill a batch waits for another shuffle.
         batches = shuffle.permutation(len(digits.x_train))[: n_batches * options.batch_size].reshape(n_batches, -1)
-        progress = tqdm(batches, desc=f"epoch {epoch + 1}/{options.epochs}", unit="batch", dynamic_ncols=True)
-        for k, rows in enumerate(progress):
-            key = jax.random.fold_in(epoch_key, k)
-            images, classes = digits.x_train[rows], digits.y_train[rows]
-            weights, n = train_batch(cells, weights, key, images, pixels_in_use(images), classes, rate)
-            correct += int(n)
-            progress.set_postfix(accuracy=f"{correct / ((k + 1) * options.batch_size):.2%}")
+        with tqdm(batches, desc=f"epoch {epoch + 1}/{options.epochs}", unit="batch", dynamic_ncols=True) as progress:
+            for k, rows in enumerate(progress):
+                key = jax.random.fold_in(epoch_key, k)
+                images, classes = digits.x_train[rows], digits.y_train[rows]
+                weights, n = train_batch(cells, weights, key, images, pixels_in_use(images), classes, rate)
+                correct += int(n)
+                progress.set_postfix(accuracy=f"{correct / ((k + 1) * options.batch_size):.2%}")
         seconds = time.perf_counter() - start
         test = accuracy(cells, weights, digits.x_test, digits.y_test)
         history.append(Epoch(correct / batches.size, test, seconds))
@@ -254,28 +256,24 @@ def train(options: Any, digits: Digits) -> tuple[Weights, list[Epoch]]:
 
 def save_weights(path: Path, weights: Weights) -> None:
     arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in weights._asdict().items()}
-    with saved(path) as file:
+    with cli.saved(path) as file:
         np.savez(file, **arrays)
 
 
 def load_weights(path: Path, n_inputs: int) -> Weights:
-    arrays: dict[str, Any] = read_npz(path, Weights._fields)
-    weights = Weights(**arrays)
-    n_hidden = weights.b1.size
+    arrays = cli.read_npz(path, Weights._fields)
+    n_hidden = arrays["b1"].size
     expected = jax.eval_shape(lambda: init_weights(jax.random.key(0), n_inputs, n_hidden))
-    for name, leaf, like in zip(Weights._fields, weights, expected, strict=True):
-        if leaf.shape != like.shape or leaf.dtype != like.dtype:
-            raise ValueError(
-                f"{path}: expected {name} {like.dtype}{list(like.shape)} for images of {n_inputs} pixels, "
-                f"got {leaf.dtype}{list(leaf.shape)}"
-            )
-    return weights
+    check_weights(path, arrays, expected._asdict(), n_inputs)
+    leaves: dict[str, Any] = arrays
+    return Weights(**leaves)
 
 
 def draw(path: Path, weights: Weights, digits: Digits, history: list[Epoch]) -> None:
     """Learning curve, hidden layer while it sees one test image, and filters, in a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -284,12 +282,14 @@ def draw(path: Path, weights: Weights, digits: Digits, history: list[Epoch]) -> 
 
     axes = left.subplots()
     epochs = np.arange(1, len(history) + 1)
+    by_current, by_spikes = np.transpose([epoch.test for epoch in history])
     axes.plot(epochs, [100 * epoch.learning for epoch in history], "o-", color="0.6", label="while learning")
-    axes.plot(epochs, [100 * epoch.test.current for epoch in history], "o-", color="C0", label="test")
-    axes.set(xlabel="epoch", ylabel="accuracy (%)", title=f"Test accuracy {history[-1].test.current:.1%}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.plot(epochs, 100 * by_current, "o-", color="C0", label=f"test by current, {by_current[-1]:.1%} at the end")
+    axes.plot(epochs, 100 * by_spikes, "s--", color="C1", ms=4, label=f"test by spikes, {by_spikes[-1]:.1%} at the end")
+    axes.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy", xlim=(0.5, len(history) + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, fontsize=8)  # where no curve is
 
     cells, n_shown = init_cells(weights.b1.size), min(weights.b1.size, 100)
     spikes = hidden_spikes(cells, weights, jax.random.key(EVAL_SEED), digits.x_test[:1])[:, 0, :n_shown]
@@ -311,25 +311,12 @@ def draw(path: Path, weights: Weights, digits: Digits, history: list[Epoch]) -> 
     for axes in right.axes:
         axes.set_axis_off()
 
-    with saved(path) as file:
+    with cli.saved(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-def number(kind: type, above: float = 0) -> Any:
-    """What argparse needs to read a finite number of a kind."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not above < value < float("inf"):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"{kind.__name__} above {above}"
-    return parse
-
-
-def parse_options(arguments: Sequence[str] | None) -> tuple[Parser, Any]:
-    parser = Parser(prog="bfa_snn.py", description="Trains a spiking network by broadcast feedback alignment.")
+def parse_options(arguments: Sequence[str] | None) -> tuple[cli.Parser, Any]:
+    parser = cli.Parser(prog="bfa_snn.py", description="Trains a spiking network by broadcast feedback alignment.")
 
     def add(name: str, kind: Any, text: str) -> None:
         key = name[2:].replace("-", "_")
@@ -339,14 +326,13 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[Parser, Any]:
     parser.add_argument(
         "--eval", type=Path, metavar="WEIGHTS", help="tell the test accuracy of saved weights, and stop"
     )
-    add("--epochs", number(int), "passes over the training images")
-    add("--hidden", number(int), "hidden units")
-    add("--batch-size", number(int), "images a batch")
-    add("--rate", number(float), "what multiplies the updates")
-    add("--decay", number(float), "what multiplies the rate after each epoch")
-    parser.add_argument(
-        "--seed", type=number(int, above=-1), default=0, help="of weights, order and input spikes (default 0)"
-    )
+    add("--epochs", cli.number(int, 1, 10_000), "passes over the training images")
+    add("--hidden", cli.number(int, 1, 100_000), "hidden units")
+    add("--batch-size", cli.number(int, 1, 1_000_000), "images a batch")
+    add("--rate", cli.number(float, 1e-6, 1e6), "what multiplies the updates")
+    add("--decay", cli.number(float, 1e-6, 1), "what multiplies the rate after each epoch")
+    seed = cli.number(int, 0, cli.MAX_SEED)
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, order and input spikes (default 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("out/bfa_snn"), help="folder to write to (default %(default)s)"
     )
@@ -372,9 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if options.batch_size > n_train:
             raise ValueError(f"--batch-size: expected at most {n_train}, the training images, got {options.batch_size}")
-        options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    parser.probe(options.out)
 
     weights, history = train(options, digits)
     draw(options.out / "bfa_snn.png", weights, digits, history)

@@ -1,14 +1,12 @@
-"""Handwritten digits for the examples, and their way of telling what is wrong and of writing files."""
+"""Handwritten digits for the examples, and weights of networks that see them."""
 
-import argparse
-import contextlib
 import gzip
-import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+import cli
 import numpy as np
 
 N_CLASSES = 10
@@ -24,13 +22,6 @@ class Digits(NamedTuple):
     x_test: np.ndarray
     y_test: np.ndarray
     image_shape: tuple[int, int]
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line and exits with code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def load(path: Path | None = None) -> Digits:
@@ -50,7 +41,7 @@ def load(path: Path | None = None) -> Digits:
     """
     if path is None:
         return _bundled()
-    arrays = _read_folder(path) if path.is_dir() else read_npz(path, NPZ_KEYS)
+    arrays = _read_folder(path) if path.is_dir() else cli.read_npz(path, NPZ_KEYS)
     x_train, y_train = _checked(path, "train", arrays["x_train"], arrays["y_train"])
     x_test, y_test = _checked(path, "test", arrays["x_test"], arrays["y_test"])
     shape = arrays["x_train"].shape[1:]
@@ -67,17 +58,6 @@ def _bundled() -> Digits:
     x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)
     n_test = len(x) // 5
     return Digits(x[n_test:], y[n_test:], x[:n_test], y[:n_test], (8, 8))
-
-
-def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of those names; OSError or ValueError, in one line, for a file that does not hold them."""
-    try:
-        with np.load(path) as file:  # an .npy has no such context: TypeError
-            if missing := set(keys) - set(file):
-                raise ValueError(f"no {', '.join(sorted(missing))} among its keys ({', '.join(file)})")
-            return {key: file[key] for key in keys}
-    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not an .npz with {', '.join(keys)}: {error}") from error
 
 
 def _read_folder(folder: Path) -> dict[str, np.ndarray]:
@@ -119,13 +99,12 @@ def _checked(path: Path, name: str, x: np.ndarray, y: np.ndarray) -> tuple[np.nd
     return x.reshape(len(x), -1).astype(np.float32) / np.float32(top), y.astype(np.int32)
 
 
-@contextlib.contextmanager
-def saved(path: Path) -> Iterator[IO[Any]]:
-    """A binary file that is there under its name only once it is written to the end."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def check_weights(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any], n_inputs: int) -> None:
+    """ValueError where an array has not the shape and the dtype of its like."""
+    for name, leaf in like.items():
+        array = arrays[name]
+        if array.shape != leaf.shape or array.dtype != leaf.dtype:
+            raise ValueError(
+                f"{path}: expected {name} {leaf.dtype}{list(leaf.shape)} for images of {n_inputs} pixels, "
+                f"got {array.dtype}{list(array.shape)}"
+            )

@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
-from digits import saved
 from jax.experimental import multihost_utils
 
 import slif
@@ -59,10 +59,19 @@ def read(path: Path, mark: str) -> np.ndarray | None:
     """A finished shard's counts; None where there is none yet."""
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        if str(file["fingerprint"]) != mark:
-            raise ValueError(f"{path} belongs to another sweep; choose another --out")
-        return file["spike_count"]
+    try:
+        shard = cli.read_npz(path, ("fingerprint", "spike_count"))
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and it will be run again") from error
+    if str(shard["fingerprint"]) != mark:
+        raise ValueError(f"{path} belongs to another sweep; choose another --out")
+    return shard["spike_count"]
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """OSError or ValueError for a shard that is damaged or another sweep's, whatever its number."""
+    for path in sorted(args.out.glob("shard_*.npz")):
+        read(path, fingerprint(args))
 
 
 def run_shards(args: argparse.Namespace) -> list[Path]:
@@ -78,7 +87,7 @@ def run_shards(args: argparse.Namespace) -> list[Path]:
         index = np.minimum(np.arange(k * size, (k + 1) * size), args.side**3 - 1)
         kept = max(min((k + 1) * size, args.side**3) - k * size, 0)
         result = counts(args, {name: x[index] for name, x in over.items()})[:kept]
-        with saved(paths[k]) as file:
+        with cli.saved(paths[k]) as file:
             np.savez(file, fingerprint=mark, spike_count=result)
         print(f"shard {k} done", flush=True)
     return paths
@@ -88,7 +97,7 @@ def finish(args: argparse.Namespace, paths: list[Path]) -> None:
     parts = [read(path, fingerprint(args)) for path in paths]
     whole = np.concatenate([part for part in parts if part is not None])
     arrays: dict[str, Any] = {**points(args), "spike_count": whole}
-    with saved(args.out / "sweep.npz") as file:
+    with cli.saved(args.out / "sweep.npz") as file:
         np.savez(file, **arrays)
     print(f"{args.out / 'sweep.npz'}: {len(whole)} points", flush=True)
 
@@ -101,22 +110,40 @@ def connect(args: argparse.Namespace) -> None:
         jax.distributed.initialize(args.coordinator, args.processes, args.process, **timeouts)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A parameter sweep shared out between processes.")
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(description="A parameter sweep shared out between processes.")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for the shards and sweep.npz")
-    parser.add_argument("--side", type=int, default=12, help="values on each of the three axes")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of 0.25 ms")
-    parser.add_argument("--shards", type=int, default=16, help="parts that the points are cut into")
+    parser.add_argument("--side", type=cli.number(int, 1, 200), default=12, help="values on each of the three axes")
+    parser.add_argument("--steps", type=cli.number(int, 1, 1_000_000), default=4000, help="steps of 0.25 ms")
+    parser.add_argument(
+        "--shards", type=cli.number(int, 1, 99_999), default=16, help="parts that the points are cut into"
+    )
     parser.add_argument("--coordinator", default="localhost:12355", help="address of process 0")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--process", type=int, default=0, help="the number of this one")
+    parser.add_argument("--processes", type=cli.number(int, 1, 99_999), help="how many there are (default 1)")
+    parser.add_argument("--process", type=cli.number(int, 0, 99_998), help="the number of this one, from 0")
     parser.add_argument("--cluster", action="store_true", help="let JAX find the other processes")
-    parser.add_argument("--timeout", type=int, default=60, help="seconds after which a silent process counts as lost")
+    timeout = cli.number(int, 1, 86_400)
+    parser.add_argument("--timeout", type=timeout, default=60, help="seconds after which a silent process is lost")
     args = parser.parse_args(arguments)
-    if min(args.side, args.steps, args.shards, args.processes, args.timeout) < 1:
-        parser.error("--side, --steps, --shards, --processes and --timeout have to be 1 or more")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.cluster and (args.process is not None or args.processes is not None):
+        parser.error("--cluster finds the processes itself: leave out --processes and --process")
+    if args.processes is None and args.process is not None:
+        parser.error("--process: give --processes too, how many there are")
+    args.processes = args.processes or 1
+    if args.process is None and args.processes > 1:
+        parser.error("--processes: give --process too, the number of this one")
+    if args.process is not None and args.process >= args.processes:
+        parser.error(f"--process: expected 0 to {args.processes - 1}, got {args.process}")
+    parser.probe(args.out)
+    try:
+        check_folder(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return args
 
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_options(arguments)
     start = time.perf_counter()
     connect(args)
     multihost_utils.sync_global_devices("start")  # opens the connections while all are here

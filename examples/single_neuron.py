@@ -9,6 +9,7 @@ The threshold rises with every spike and leaks back, so the neuron fires fast at
 import argparse
 from pathlib import Path
 
+import cli
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -53,16 +54,17 @@ def table(out: dict[str, Array], dt: float, first: int, n_rows: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="One neuron: a table of its first steps, and its traces.")
-    parser.add_argument("--current", type=float, default=1.2, help="height of the current")
-    parser.add_argument("--refract-time", type=float, default=3.0, help="refractory period, ms")
+    parser = cli.Parser(description="One neuron: a table of its first steps, and its traces.")
+    parser.add_argument("--current", type=cli.number(float, 0, 1000), default=1.2, help="height of the current")
+    parser.add_argument("--refract-time", type=cli.number(float, 0, 1000), default=3.0, help="refractory period, ms")
     parser.add_argument("--sticky", action="store_true", help="hold the output at 1 while refractory")
-    parser.add_argument("--dt", type=float, default=0.5, help="length of a step, ms")
-    parser.add_argument("--duration", type=float, default=300.0, help="ms")
+    parser.add_argument("--dt", type=cli.number(float, 0.001, 10), default=0.5, help="length of a step, ms")
+    parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=300.0, help="ms")
     parser.add_argument("--out", type=Path, default=Path("out/single_neuron"), help="folder for single_neuron.png")
     args = parser.parse_args(arguments)
-    if not args.dt > 0 or not args.duration >= 10 * args.dt or not args.refract_time >= 0:
-        parser.error("--dt has to be positive, --duration ten times as long or more, --refract-time 0 or more")
+    if not 10 <= args.duration / args.dt <= 1e6:
+        parser.error("--duration: expected 10 to 1000000 steps of --dt")
+    parser.probe(args.out)
 
     params, out = simulate(args)
     start = round(0.1 * args.duration / args.dt)
@@ -72,11 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{int(out['s'].sum())} steps with the output at 1 in {args.duration:g} ms", end="")
     print(f", the first at {float(times[0]):g} ms" if times.size else "; more current makes it fire")
 
-    args.out.mkdir(parents=True, exist_ok=True)
     axes = plot.traces(out, params=params, dt=args.dt)
-    axes[0].set_title("v, threshold (dashed), spikes, refractory steps (shaded)", fontsize="medium")
+    axes[0].set_ylabel("current")
+    axes[1].set_ylabel("potential")
+    axes[1].set_title("potential, threshold (dashed), spikes (ticks), refractory steps (shaded)", fontsize="medium")
     path = args.out / "single_neuron.png"
-    axes[0].figure.savefig(path, dpi=120)
+    with cli.saved(path) as file:
+        axes[0].figure.savefig(file, format="png", dpi=120)
     print(path)
 
 

@@ -2,9 +2,11 @@
 
     python examples/train_flax.py                            scikit-learn's bundled 8x8 digits, no download
     python examples/train_flax.py --data mnist.npz --surrogate arctan --framework nnx
+    python examples/train_flax.py --eval out/train_flax/weights.npz    test accuracy of weights saved before
 
 Dense -> SLIF -> Dense -> SLIF: an image drives the first layer as a constant current, and the spike counts of the last
-are the logits.
+are the logits. Over seeds 0 .. 7 that tells 97.2 to 98.9 % of the bundled digits' test images with the secant, and
+97.8 to 99.2 % with arctan.
 """
 
 import argparse
@@ -13,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import N_CLASSES, Digits, Parser, load, saved
+from digits import N_CLASSES, Digits, check_weights, load
 from flax import linen as nn
 from flax import nnx
 from jax import Array
@@ -36,6 +39,10 @@ NEURONS: dict[str, Any] = {"dt": 1.0, "tau_m": 5.0, "resist_m": 1.0, "thr": 0.4}
 # The secant has no gradient at negative currents: a class whose current starts there would never learn to fire.
 OUTPUT_BIAS = 1.0
 N_STEPS = 20
+
+# What is saved: the leaves of the variables, in the order in which both frameworks keep them, so that either evaluates
+# what the other has learned. The thresholds are not trained, but drawn with some jitter, to which the weights are fit.
+WEIGHTS = ("bias1", "kernel1", "bias2", "kernel2", "thr1", "thr2")
 
 Apply = Callable[..., Any]  # (variables, images [..., D]) -> logits [..., 10]
 
@@ -77,8 +84,38 @@ def linen_model(n_inputs: int, hidden: int, surrogate: slif.Surrogate, seed: int
 
 def nnx_model(n_inputs: int, hidden: int, surrogate: slif.Surrogate, seed: int) -> tuple[Any, Apply]:
     model = NnxNetwork(n_inputs, hidden, surrogate, rngs=nnx.Rngs(seed))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = nnx.split(model, (nnx.Param, nnx.PathContains("fixed_thr")), ...)
     return params, lambda params, x: nnx.merge(graph, params, rest)(x)
+
+
+def make_model(args: argparse.Namespace, n_inputs: int, hidden: int) -> tuple[Any, Apply]:
+    make = {"linen": linen_model, "nnx": nnx_model}[args.framework]
+    return make(n_inputs, hidden, SURROGATES[args.surrogate](), args.seed)
+
+
+def save_weights(path: Path, params: Any) -> None:
+    arrays: dict[str, Any] = dict(zip(WEIGHTS, map(np.asarray, jax.tree.leaves(params)), strict=True))
+    with cli.saved(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_model(args: argparse.Namespace, n_inputs: int) -> tuple[Any, Apply]:
+    """The network with the weights of a file, as many hidden units as they are for."""
+    arrays = cli.read_npz(args.eval, WEIGHTS)
+    params, apply = make_model(args, n_inputs, max(arrays["bias1"].size, 1))
+    leaves, structure = jax.tree.flatten(params)
+    check_weights(args.eval, arrays, dict(zip(WEIGHTS, leaves, strict=True)), n_inputs)
+    return jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in WEIGHTS]), apply
+
+
+def make_accuracy(apply: Apply) -> Callable[..., Array]:
+    @jax.jit
+    def accuracy(params, x, y):
+        # Batches of the test set bound the memory that the rasters take.
+        logits = jax.lax.map(lambda image: apply(params, image), x, batch_size=1000)
+        return (logits.argmax(-1) == y).mean()
+
+    return accuracy
 
 
 def make_epoch(apply: Apply, optimiser: optax.GradientTransformation, batch_size: int) -> Callable:
@@ -105,19 +142,13 @@ def make_epoch(apply: Apply, optimiser: optax.GradientTransformation, batch_size
 
 
 def train(args: argparse.Namespace, data: Digits) -> list[dict[str, float]]:
-    """Trains the network; one row of figures an epoch."""
+    """Trains the network and saves its weights after each epoch, which gives one row of figures."""
     x_train, y_train, x_test, y_test = map(jnp.asarray, data[:4])
-    make_model = {"linen": linen_model, "nnx": nnx_model}[args.framework]
-    params, apply = make_model(x_train.shape[1], args.hidden, SURROGATES[args.surrogate](), args.seed)
+    params, apply = make_model(args, x_train.shape[1], args.hidden)
     n_batches = len(x_train) // args.batch_size
     optimiser = optax.adam(optax.cosine_decay_schedule(args.lr, args.epochs * n_batches))
     opt_state, epoch = optimiser.init(params), make_epoch(apply, optimiser, args.batch_size)
-
-    @jax.jit
-    def accuracy(params, x, y):
-        # Batches of the test set bound the memory that the rasters take.
-        logits = jax.lax.map(lambda image: apply(params, image), x, batch_size=1000)
-        return (logits.argmax(-1) == y).mean()
+    accuracy = make_accuracy(apply)
 
     history = []
     with tqdm(range(1, args.epochs + 1), unit="epoch") as progress:
@@ -131,9 +162,14 @@ def train(args: argparse.Namespace, data: Digits) -> list[dict[str, float]]:
                 "seconds": time.perf_counter() - start,
             }
             row["test"] = float(accuracy(params, x_test, y_test))
+            save_weights(args.out / "weights.npz", params)
             progress.set_postfix(loss=f"{row['loss']:.3f}", train=f"{row['train']:.2%}", test=f"{row['test']:.2%}")
             history.append(row)
     return history
+
+
+def line(name: str, value: str) -> str:
+    return f"{name:<30} {value}"
 
 
 def table(args: argparse.Namespace, history: list[dict[str, float]]) -> str:
@@ -148,7 +184,7 @@ def table(args: argparse.Namespace, history: list[dict[str, float]]) -> str:
         ("seconds an epoch", f"{seconds:.2f}"),
         ("first epoch, with compilation", f"{history[0]['seconds']:.2f}"),
     ]
-    return "\n".join(f"{name:<30} {value}" for name, value in rows)
+    return "\n".join(line(*row) for row in rows)
 
 
 def plot(args: argparse.Namespace, history: list[dict[str, float]], file: IO[bytes]) -> None:
@@ -156,49 +192,49 @@ def plot(args: argparse.Namespace, history: list[dict[str, float]], file: IO[byt
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 20 else None
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     figure.suptitle(f"Dense - SLIF - Dense - SLIF, {args.hidden} hidden units, {args.surrogate} surrogate")
-    left.semilogy(epochs, [row["loss"] for row in history], color="C2", marker=marker)
-    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)")
+    left.plot(epochs, [row["loss"] for row in history], color="C2", marker=marker)
+    # A single value has no decade of a logarithmic axis around it to be read off.
+    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", yscale="log" if len(epochs) > 1 else "linear")
     for name, color in (("train", "C0"), ("test", "C1")):
         final = f"{name}, {history[-1][name]:.2%} at the end"
         right.plot(epochs, [100 * row[name] for row in history], color=color, marker=marker, label=final)
     right.set(xlabel="epoch", ylabel="accuracy, %")
-    right.legend(loc="lower right")
+    right.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=9
+    )  # where no curve is
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        axis.set_xlim(0.5, len(epochs) + 0.5)
     figure.savefig(file, format="png", dpi=150)
     plt.close(figure)
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    convert.__name__ = f"positive {kind.__name__}"
-    return convert
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description="Trains a Flax network of spiking neurons on handwritten digits.")
+    parser = cli.Parser(description="Trains a Flax network of spiking neurons on handwritten digits.")
     parser.add_argument(
         "--data", type=Path, help="an .npz as of MNIST, or a folder of IDX files; default: the bundled 8x8 digits"
     )
+    parser.add_argument(
+        "--eval", type=Path, metavar="WEIGHTS", help="tell the test accuracy of saved weights, and stop"
+    )
+    size = cli.number(int, 1, 100_000)
     parser.add_argument("--framework", choices=("linen", "nnx"), default="linen")
     parser.add_argument("--surrogate", choices=SURROGATES, default="secant")
-    parser.add_argument("--epochs", type=positive(int), help="default: 60, or 5 with --data")
-    parser.add_argument("--hidden", type=positive(int), help="default: 256, or 512 with --data")
-    parser.add_argument("--batch-size", type=positive(int), help="default: 64, or 128 with --data")
-    parser.add_argument("--lr", type=positive(float), default=2e-3, help="at the start of its cosine decay")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/train_flax"), help="folder for learning_curve.png")
+    parser.add_argument("--epochs", type=size, help="default: 60, or 5 with --data")
+    parser.add_argument("--hidden", type=size, help="default: 256, or 512 with --data")
+    parser.add_argument("--batch-size", type=size, help="default: 64, or 128 with --data")
+    parser.add_argument("--lr", type=cli.number(float, 1e-9, 10), default=2e-3, help="at the start of its cosine decay")
+    parser.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/train_flax"), help="folder for weights.npz and learning_curve.png"
+    )
     args = parser.parse_args(arguments)
     # The bundled digits are a fortieth of MNIST: they need more passes, and a smaller network does.
     args.epochs = args.epochs or (5 if args.data else 60)
@@ -207,17 +243,22 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         data = load(args.data)
+        if args.eval is not None:
+            params, apply = load_model(args, data.x_test.shape[1])
+            share = make_accuracy(apply)(params, jnp.asarray(data.x_test), jnp.asarray(data.y_test))
+            print(line("test accuracy", f"{share:.2%}"))
+            return
         if args.batch_size > len(data.x_train):
             raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data.x_train)} training images")
-        args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    parser.probe(args.out)
     history = train(args, data)
     print(table(args, history))
     path = args.out / "learning_curve.png"
-    with saved(path) as file:
+    with cli.saved(path) as file:
         plot(args, history, file)
-    print(path)
+    print(f"{path}, and weights.npz beside it")
 
 
 if __name__ == "__main__":

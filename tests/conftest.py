@@ -1,6 +1,8 @@
 """Options, fixtures and cases shared by the tests."""
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.monitoring
@@ -63,6 +65,10 @@ def assert_agree(actual, expected):
             np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
+# What no option of an example takes for a number.
+BAD_NUMBERS = ("inf", "nan", "1e30", f"{10**30}", "-1", "x", "")
+
+
 def enable_x64():
     """The context in which JAX has float64, by the name that the installed JAX knows."""
     if hasattr(jax, "enable_x64"):
@@ -90,6 +96,35 @@ def ngclearn(request):
 def implementation(request):
     """Every implementation of `simulate` that does all that it offers; test_kernels.py runs the other."""
     return request.param
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that runs an example's main, has it end with code 2 and one line only, and returns that line."""
+
+    def run(main, arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out, err.count("\n")) == (2, "", 1), err
+        return err
+
+    return run
+
+
+@pytest.fixture(params=["read-only", "a file", "under a file"])
+def bad_folder(request, tmp_path):
+    """A folder in which no file can be made."""
+    if request.param == "read-only":
+        folder = tmp_path / "folder"
+        folder.mkdir(0o555)
+        if not os.access(folder, os.W_OK):
+            return folder
+        if not Path("/proc/self").is_dir():
+            pytest.skip("for root every folder is writable, but for those of /proc")
+        return Path("/proc/self")
+    (tmp_path / "file").write_text("mine")
+    return tmp_path / ("file" if request.param == "a file" else "file/folder")
 
 
 _compiled = []

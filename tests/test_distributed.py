@@ -1,5 +1,6 @@
 """The example of many hosts, as two processes on this one: the same numbers, and what happens when one dies."""
 
+import importlib
 import os
 import signal
 import socket
@@ -11,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import BAD_NUMBERS
 
-pytest.importorskip("sklearn")
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older versions name the timeouts differently")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_sweep.py"
 SMALL = ["--side", "5", "--steps", "200", "--shards", "7"]
@@ -83,9 +84,75 @@ def test_a_killed_process_ends_the_run_and_a_rerun_goes_on(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in there} == there
 
 
-def test_shards_of_another_sweep_are_not_taken(tmp_path):
-    finish([start(tmp_path, SMALL)])
-    process = start(tmp_path, ["--side", "5", "--steps", "300", "--shards", "7"])
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "belongs to another sweep" in stderr
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    return importlib.import_module("distributed_sweep")
+
+
+def test_shards_of_another_sweep_or_cut_off_are_not_taken(example, tmp_path, refused, monkeypatch, capsys):
+    tiny = ["--side", "2", "--steps", "20", "--out", str(tmp_path)]
+    example.main([*tiny, "--shards", "3"])
+    expected = content(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(example, "counts", None)
+    for other in (["--shards", "2"], ["--shards", "3", "--steps", "21"]):
+        assert "shard_00000.npz belongs to another sweep" in refused(example.main, [*tiny, *other])
+
+    # One that this run would have come to last.
+    shard = tmp_path / "shard_00002.npz"
+    whole = shard.read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:-1], b"", whole.replace(b"\x00\x00", b"\x01\x01")):
+        shard.write_bytes(broken)
+        error = refused(example.main, [*tiny, "--shards", "3"])
+        assert "shard_00002.npz: not an .npz" in error
+        assert "delete it" in error
+
+    monkeypatch.undo()
+    shard.unlink()
+    example.main([*tiny, "--shards", "3"])
+    jax.tree.map(np.testing.assert_array_equal, content(tmp_path), expected)
+
+
+NUMBERS = ["--side", "--steps", "--shards", "--processes", "--process", "--timeout"]
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_numbers_have_bounds(example, flag, refused):
+    for text in BAD_NUMBERS:
+        assert f"argument {flag}: expected a whole number" in refused(example.main, [flag, text])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--process 0", "--process: give --processes too"),
+        ("--processes 2", "--processes: give --process too"),
+        ("--processes 2 --process 2", "--process: expected 0 to 1, got 2"),
+        ("--cluster --processes 2 --process 0", "leave out --processes and --process"),
+    ],
+)
+def test_a_process_is_one_of_a_number(example, options, message, tmp_path, refused):
+    assert message in refused(example.main, [*options.split(), "--out", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_to_write_to_is_tried_before_the_work(example, bad_folder, monkeypatch, refused):
+    monkeypatch.setattr(example, "counts", None)
+    assert f"--out: cannot write to {bad_folder}: " in refused(example.main, ["--out", bad_folder])
+
+
+def test_an_interrupt_ends_in_one_line_and_keeps_the_shards(tmp_path):
+    process = start(tmp_path, ["--side", "8", "--steps", "6000", "--shards", "512"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "shard_00001.npz").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == "distributed_sweep.py: interrupted; the files written so far are kept\n"
+    done = [f"shard_{int(line.split()[1]):05}.npz" for line in stdout.splitlines()]
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there[: len(done)] == done
+    assert len(there) - len(done) in (0, 1)  # the line of the last may not have been printed

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BAD_NUMBERS
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
 
 
 @pytest.fixture
@@ -43,3 +43,15 @@ def test_the_example_runs(example, tmp_path, capsys):
     example.main(["--dt", "0.2", "--duration", "200", "--out", str(tmp_path / "out")])
     assert "largest" in capsys.readouterr().out
     assert (tmp_path / "out" / "fi_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flag", ["--dt", "--duration"])
+def test_numbers_have_bounds(example, flag, refused):
+    for text in BAD_NUMBERS:
+        assert f"argument {flag}: expected a number" in refused(example.main, [flag, text])
+    assert "--duration: expected 10 to 1000000 steps" in refused(example.main, ["--duration", "1", "--dt", "0.2"])
+
+
+def test_a_folder_to_write_to_is_tried_before_the_work(example, bad_folder, monkeypatch, refused):
+    monkeypatch.setattr(example, "simulated", None)
+    assert f"--out: cannot write to {bad_folder}: " in refused(example.main, ["--out", bad_folder])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BAD_NUMBERS
 
 pytest.importorskip("matplotlib")
 
@@ -38,7 +39,13 @@ def test_too_little_current(example, tmp_path, capsys):
     assert "0 steps with the output at 1 in 300 ms; more current" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("bad", [["--dt", "0"], ["--duration", "1"], ["--refract-time", "-1"], ["--dt", "nan"]])
-def test_bad_arguments(example, bad, tmp_path):
-    with pytest.raises(SystemExit, match="2"):
-        example.main([*bad, "--out", str(tmp_path)])
+@pytest.mark.parametrize("flag", ["--current", "--refract-time", "--dt", "--duration"])
+def test_numbers_have_bounds(example, flag, refused):
+    for text in BAD_NUMBERS:
+        assert f"argument {flag}: expected a number" in refused(example.main, [flag, text])
+    assert "--duration: expected 10 to 1000000 steps" in refused(example.main, ["--duration", "1", "--dt", "0.2"])
+
+
+def test_a_folder_to_write_to_is_tried_before_the_work(example, bad_folder, monkeypatch, refused):
+    monkeypatch.setattr(example, "simulate", None)
+    assert f"--out: cannot write to {bad_folder}: " in refused(example.main, ["--out", bad_folder])

@@ -1,0 +1,85 @@
+"""What the scripts share: numbers and folders on the command line, files that are whole, and how Ctrl-C ends them."""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NoReturn
+
+import numpy as np
+
+MAX_SEED = 2**32 - 1  # jax.random.key takes no more bits
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def probe(self, folder: Path) -> None:
+        """Makes the folder, and for a moment a file in it: only so is it known, before the work, that results will go.
+
+        Permissions do not tell it: they say nothing of a disk that is mounted read-only, and do not bind root.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            self.error(f"--out: cannot write to {folder}: {error.strerror}")
+
+
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """What argparse needs to read a number of that kind from low to high, both included."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high:
+                return value
+        name = {int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"expected {name} from {low} to {high}, got {text!r}")
+
+    return parse
+
+
+@contextlib.contextmanager
+def saved(path: Path) -> Iterator[IO[Any]]:
+    """A binary file that is there under its name only once it is written to the end."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays of those names; OSError or ValueError, in one line, for a file that does not hold them."""
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:  # an .npy has no such context: TypeError
+            if missing := set(keys) - set(arrays):
+                raise ValueError(f"no {', '.join(sorted(missing))} among its keys ({', '.join(arrays)})")
+            return {key: arrays[key] for key in keys}
+    except (EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not an .npz with {', '.join(keys)}: {error}") from error
+
+
+def _end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    sys.stdout.flush()
+    print(f"{Path(sys.argv[0]).name}: interrupted; the files written so far are kept", file=sys.stderr, flush=True)
+    os._exit(130)  # the usual way out would wait for the other processes of a sweep
+
+
+# Not around main: the imports, which take seconds, are to end in one line too. Scripts import this module first.
+sys.excepthook = _end
