@@ -64,7 +64,7 @@ def test_one_number_a_point(name):
 
 @pytest.mark.parametrize("name", ["tau_m", "thr", "refract_time", "thr_gain"])
 def test_one_number_a_unit(name):
-    over = {name: np.random.default_rng(0).uniform(0.1, 2, (3, N_UNITS))}
+    over = {name: np.random.default_rng(0).uniform(0.2, 2, (3, N_UNITS))}
     params = make_params("sticky")
     assert_points(slif.sweep(params, CURRENTS, over=over, dt=DT), separate(params, over))
 
@@ -148,6 +148,36 @@ def test_gradients_are_those_of_separate_runs(surrogate, batch_size):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-5), swept, alone)
 
 
+def test_numbers_of_the_surrogate():
+    params, weights = make_params("voltage"), np.random.default_rng(1).normal(size=CURRENTS.shape).astype(np.float32)
+    over = slif.grid(**{"tau_m": [5.0, 20.0], "surrogate.alpha": [0.5, 8.0]})
+    per_unit = {"surrogate.alpha": np.random.default_rng(0).uniform(0.1, 9, (4, N_UNITS))}
+    numbers = [over["surrogate.alpha"], per_unit["surrogate.alpha"]]
+
+    def swept(currents, over):
+        _, out = slif.sweep(params, currents, over=over, dt=DT, record=("s", "surrogate"))
+        return (out["s"] * weights[None]).sum(), out
+
+    def alone(currents, over, alpha):
+        results = []
+        for k in range(4):
+            own = params.replace(surrogate=slif.arctan(alpha=alpha[k]))
+            own = own.replace(tau_m=over["tau_m"][k]) if "tau_m" in over else own
+            record = ("s", "surrogate")
+            results.append(slif.simulate(own, slif.init_state(own), currents, dt=DT, record=record)[1])
+        out = jax.tree.map(lambda *x: jnp.stack(x), *results)
+        return (out["s"] * weights[None]).sum(), out
+
+    for points, alpha in zip((over, per_unit), numbers, strict=True):
+        gradient, out = jax.grad(swept, has_aux=True)(CURRENTS, points)
+        expected, separate_out = jax.grad(alone, has_aux=True)(CURRENTS, points, jnp.asarray(alpha, jnp.float32))
+        assert_agree(out, separate_out)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+        assert slif.point(params, points, 3).surrogate == slif.arctan(alpha=jnp.asarray(alpha, jnp.float32)[3])
+    with pytest.raises(ValueError, match=r"^over: expected names among .*, surrogate\.alpha, got surrogate\.slope$"):
+        slif.point(params, {"surrogate.slope": [1.0]}, 0)
+
+
 def test_shared_arrays_are_not_copied():
     """No temporary as large as P times the currents, when only counts are asked for."""
     params, n_points = make_params("plain", n_units=100), 64
@@ -209,6 +239,9 @@ ONE = {"tau_m": [5.0, 9.0]}
         ({"over": {"tau_m": [0.0]}}, ValueError, "tau_m: expected values > 0"),
         ({"over": {"tau_m": [np.nan]}}, ValueError, "tau_m: expected finite"),
         ({"over": {"tau_m": ["a"]}}, TypeError, "tau_m: expected a real"),
+        ({"over": {"surrogate.c2": [1.0, 0.0]}}, ValueError, r"surrogate\.c2: expected values > 0"),
+        ({"over": {"surrogate.c2": np.ones((2, 2))}}, ValueError, r"surrogate\.c2: expected shape \[P\] or \[P, N\]"),
+        ({"over": {"surrogate.alpha": [1.0]}}, ValueError, r"surrogate\.c1, surrogate\.c2, got surrogate\.alpha"),
         ({"over": {"rho_b": np.ones((2, N_UNITS))}}, ValueError, r"rho_b: expected shape \[P\]"),
         ({"over": {"tau_m": [1.0, 2.0], "thr": [1.0]}}, ValueError, "the same number of points"),
         ({"over": {"resist_inh": [1.0]}}, ValueError, "inh_weights"),
@@ -256,6 +289,7 @@ def test_bad_input(arguments, error, message):
         ({"a": [[1.0]]}, ValueError, r"a: expected shape \[n\]"),
         ({"a": ["x"]}, TypeError, "a: expected a real"),
         ({"dt": [0.0]}, ValueError, "dt: expected values > 0"),
+        ({"surrogate.slope": [-1.0]}, ValueError, r"surrogate\.slope: expected values > 0"),
     ],
 )
 def test_bad_axes(axes, error, message):
