@@ -138,7 +138,8 @@ def _attach(
     if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
         out["s"] = attach(i, out["s"])
     if "spike_count" in out:
-        nothing = jnp.zeros_like(i, out["spike_count"].dtype)
+        # Zeros that depend on i: under vmap a value that all share could not get a derivative for each.
+        nothing = jnp.where(i > 0, 0, jnp.zeros_like(i, out["spike_count"].dtype))
         out["spike_count"] = out["spike_count"] + attach(i, nothing).sum(0)
     if valid is None:
         j, s = i[-1], out["s"][-1].astype(i.dtype) if "s" in out else final.s

@@ -138,42 +138,43 @@ def test_gradients_are_those_of_separate_runs(surrogate, batch_size):
     bars = np.random.default_rng(1).normal(size=(3, *CURRENTS.shape)).astype(np.float32)
 
     def loss(run, resist_m, tau_m, currents):
-        return jnp.vdot(run({"resist_m": resist_m, "tau_m": tau_m}, currents)[1]["s"], bars)
+        out = run({"resist_m": resist_m, "tau_m": tau_m}, currents)[1]
+        return jnp.vdot(out["s"], bars) + jnp.vdot(out["spike_count"], bars[:, 0])
 
     points = (jnp.array([1.0, 1.5, 2.0]), jnp.array([10.0, 20.0, 40.0]), jnp.asarray(CURRENTS))
+    options = {"dt": DT, "record": ("s", "spike_count")}
     swept = jax.grad(loss, (1, 2, 3))(
-        lambda over, j: slif.sweep(params, j, over=over, dt=DT, batch_size=batch_size), *points
+        lambda over, j: slif.sweep(params, j, over=over, batch_size=batch_size, **options), *points
     )
-    alone = jax.grad(loss, (1, 2, 3))(lambda over, j: separate(params, over, j), *points)
+    alone = jax.grad(loss, (1, 2, 3))(lambda over, j: separate(params, over, j, **options), *points)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-5), swept, alone)
 
 
 def test_numbers_of_the_surrogate():
-    params, weights = make_params("voltage"), np.random.default_rng(1).normal(size=CURRENTS.shape).astype(np.float32)
+    """Those of a unit, in value and gradient; spikes that all points share have a derivative for each."""
+    params, record = make_params("voltage"), ("s", "spike_count", "surrogate")
+    alpha = np.random.default_rng(0).uniform(0.1, 9, (2, N_UNITS)).astype(np.float32)
+
+    def swept(currents):
+        _, out = slif.sweep(params, currents, over={"surrogate.alpha": alpha}, dt=DT, record=record)
+        return (out["s"] * jnp.cos(currents)).sum() + out["spike_count"].sum(), out
+
+    def alone(currents):
+        owns = [params.replace(surrogate=slif.arctan(alpha=jnp.asarray(x))) for x in alpha]
+        runs = [slif.simulate(own, slif.init_state(own), currents, dt=DT, record=record)[1] for own in owns]
+        out = jax.tree.map(lambda *x: jnp.stack(x), *runs)
+        return (out["s"] * jnp.cos(currents)).sum() + out["spike_count"].sum(), out
+
+    with jax.numpy_rank_promotion("allow"):
+        gradient, out = jax.grad(swept, has_aux=True)(CURRENTS)
+        expected, separate_out = jax.grad(alone, has_aux=True)(CURRENTS)
+    assert_agree(out, separate_out)
+    assert np.abs(out["surrogate"][0] - out["surrogate"][1]).max() > 0.1
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
     over = slif.grid(**{"tau_m": [5.0, 20.0], "surrogate.alpha": [0.5, 8.0]})
-    per_unit = {"surrogate.alpha": np.random.default_rng(0).uniform(0.1, 9, (4, N_UNITS))}
-    numbers = [over["surrogate.alpha"], per_unit["surrogate.alpha"]]
-
-    def swept(currents, over):
-        _, out = slif.sweep(params, currents, over=over, dt=DT, record=("s", "surrogate"))
-        return (out["s"] * weights[None]).sum(), out
-
-    def alone(currents, over, alpha):
-        results = []
-        for k in range(4):
-            own = params.replace(surrogate=slif.arctan(alpha=alpha[k]))
-            own = own.replace(tau_m=over["tau_m"][k]) if "tau_m" in over else own
-            record = ("s", "surrogate")
-            results.append(slif.simulate(own, slif.init_state(own), currents, dt=DT, record=record)[1])
-        out = jax.tree.map(lambda *x: jnp.stack(x), *results)
-        return (out["s"] * weights[None]).sum(), out
-
-    for points, alpha in zip((over, per_unit), numbers, strict=True):
-        gradient, out = jax.grad(swept, has_aux=True)(CURRENTS, points)
-        expected, separate_out = jax.grad(alone, has_aux=True)(CURRENTS, points, jnp.asarray(alpha, jnp.float32))
-        assert_agree(out, separate_out)
-        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
-        assert slif.point(params, points, 3).surrogate == slif.arctan(alpha=jnp.asarray(alpha, jnp.float32)[3])
+    own = slif.point(params, over, 1)
+    assert_same((own.tau_m, own.surrogate.numbers), (np.float32(5), {"alpha": np.float32(8)}))
     with pytest.raises(ValueError, match=r"^over: expected names among .*, surrogate\.alpha, got surrogate\.slope$"):
         slif.point(params, {"surrogate.slope": [1.0]}, 0)
 
