@@ -42,6 +42,7 @@ RULES = {
     "t": Rule("scalar"),
     "t0": Rule("scalar"),
 }
+SURROGATE = "surrogate."  # before the name of one of the surrogate's numbers
 FLAGS = ("sticky_spikes", "thr_persist")
 LEAVES = tuple(name for name in RULES if name in SLIFParams.__annotations__)
 
@@ -65,7 +66,7 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
         raise TypeError(f"{name}: expected a real number or array, got {value!r}")
     with np.errstate(over="ignore", under="ignore"):
         stored = array.astype(dtype)
-    rule = RULES.get(name, Rule())
+    rule = RULES.get(name, Rule(low=0, allowed=False) if name.startswith(SURROGATE) else Rule())
     if not (np.isfinite(stored) | (rule.endless & np.isposinf(stored) & np.isposinf(array))).all():
         raise ValueError(f"{name}: expected finite values in {stored.dtype}, got {value!r}")
     if not (stored >= rule.low if rule.allowed else stored > rule.low).all():

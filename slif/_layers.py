@@ -15,9 +15,9 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from slif import _check
-from slif._mesh import follow
-from slif.cell import advance, init_params, init_state, is_off, prepare
+from slif import _check, _warn
+from slif._mesh import alike, follow
+from slif.cell import advance, init_params, init_state, is_off, prepare, reset
 from slif.simulation import simulate
 from slif.surrogate import secant
 from slif.types import SLIFParams, SLIFState
@@ -34,6 +34,8 @@ KINDS = {
     "thr_leak": "learned",
     "inh_weights": "learned",
 }
+# What a surrogate with respect to the current can train: the spike's derivative knows of nothing else.
+BY_CURRENT = ("resist_m", "resist_inh", "inh_weights")
 # A factor of 3000 up or down: no step of an optimiser overflows the parameter, or rounds it to 0.
 BOUND = 8.0
 
@@ -43,6 +45,13 @@ def switch_on(hyper: Mapping[str, Any], learn: Iterable[str]) -> dict[str, Any]:
     learn = _check.names("learn", learn, tuple(KINDS))
     if "inh_weights" in learn and is_off(hyper["resist_inh"]):
         raise ValueError("learn: inh_weights cannot be learned without inhibition; give resist_inh")
+    surrogate = hyper["surrogate"]
+    blind = [name for name in learn if name not in BY_CURRENT]
+    if blind and (surrogate is None or getattr(surrogate, "wrt", None) == "current"):
+        raise ValueError(
+            f"learn: expected a surrogate with respect to the voltage, such as slif.arctan(), to train "
+            f"{', '.join(blind)}, got one with respect to the current, which gives no gradient to them"
+        )
     hyper = dict(hyper)
     for name in set(learn) - {"inh_weights"}:
         value = hyper[name]
@@ -50,6 +59,11 @@ def switch_on(hyper: Mapping[str, Any], learn: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"{name}: expected a value other than 0 to start learning from, got {value!r}")
         hyper[name] = np.float32(0) if is_off(value) else value
     return hyper
+
+
+def watch(hyper: Mapping[str, Any], dt: Any) -> None:
+    """Warns of a dt that is too long, when a layer is made: under jit its parameters are traced."""
+    _warn.euler(_check.real("tau_m", hyper["tau_m"]), _check.number("dt", dt, np.float64))
 
 
 def stored_names(hyper: Mapping[str, Any], learn: Iterable[str]) -> list[str]:
@@ -101,9 +115,18 @@ def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
     return init_state(params, input_shape[:-1]), jnp.zeros(input_shape[:-1], jnp.int32)
 
 
-def run_cell(params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
+def _own_thresholds(params: SLIFParams, state: SLIFState, learned: bool) -> SLIFState:
+    """The state with the thresholds of params, where they are learned and do not adapt: a step compares with these."""
+    if not (learned and params.thr_gain is params.thr_leak is params.rho_b is None):
+        return state
+    return alike(reset(params, state, fields=("thr",)))
+
+
+def run_cell(
+    params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array, *, learned_thr: bool
+) -> tuple[Carry, Array]:
     state, count = carry
-    params, state = _check.values(params), _check.fields(state)
+    params, state = _check.values(params), _own_thresholds(params, _check.fields(state), learned_thr)
     dt = _check.number("dt", dt, params.thr.dtype)
     with _check.transfers():
         return _run_cell(params, dt, (state, count), _check.array("inputs", inputs, "an array of real numbers"))
@@ -132,6 +155,7 @@ def run_sequence(
     dt: float,
     x: Array,
     *,
+    learned_thr: bool,
     time_major: bool,
     initial_state: SLIFState | None,
     valid: Array | None,
@@ -144,7 +168,10 @@ def run_sequence(
     _check_features(np.shape(x), params.n_units)
     time = 0 if time_major else x.ndim - 2
     currents = jnp.moveaxis(x, time, 0)
-    state = init_state(params, currents.shape[1:-1]) if initial_state is None else initial_state
+    if initial_state is None:
+        state = init_state(params, currents.shape[1:-1])
+    else:
+        state = _own_thresholds(params, initial_state, learned_thr)
     valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
     state, out = simulate(params, state, currents, dt=dt, record=record, valid=valid, **options)
     out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from slif import _check
+from slif import _check, _warn
 from slif._mesh import follow, gathered
 from slif.surrogate import Surrogate, emit, fire_and_reset, secant, spike
 from slif.types import FIELDS, SLIFParams, SLIFState
@@ -137,7 +138,7 @@ def init_params(
     Args:
         key: a PRNG key.
         n_units: the number of units, N.
-        tau_m: membrane time constant, ms, positive.
+        tau_m: membrane time constant, ms, positive; half of dt or more, or forward Euler diverges.
         resist_m: membrane resistance.
         thr: base threshold, in units of voltage.
         resist_inh: resistance to lateral inhibition; acts where positive.
@@ -147,7 +148,8 @@ def init_params(
         rho_b: sparsity control of the thresholds; where positive, it replaces gain and leak.
         refract_time: refractory period, ms, 0 or more; one of dt or less blocks nothing.
         sticky_spikes: hold the output at 1 throughout the refractory period.
-        thr_jitter: half the range of the uniform jitter of the thresholds, 0 or more.
+        thr_jitter: half the range of the uniform jitter of the thresholds, 0 or more. Where it reaches thr there is a
+            UserWarning: a unit of a threshold below 0 fires at every step without input.
         surrogate: the estimator of the spike's derivative; None for `secant()`.
         dtype: dtype of every leaf. The draws are float32 and then cast. bfloat16 is lossy: small changes of v, thr
             and the clock round away; bfloat16 currents into float32 params are the better saving.
@@ -184,10 +186,11 @@ def init_params(
         inh_weights = jnp.where(jnp.eye(n_units, dtype=bool), 0, inh_weights)
     key, k = jax.random.split(key)
     width = _check.scalar("thr_jitter", thr_jitter, jnp.float32)
+    _warn.jitter(thr, thr_jitter)
     jitter = jax.random.uniform(k, (1, n_units), jnp.float32, -width, width)[0]
     numbers["thr"] = (_check.put(numbers["thr"], draw) + jitter.astype(draw)).astype(dtype)
 
-    return _check.params(
+    params = _check.params(
         SLIFParams(
             **{name: _check.put(x, dtype).astype(dtype) for name, x in numbers.items()},
             inh_weights=inh_weights,
@@ -196,6 +199,9 @@ def init_params(
             thr_persist=_check.flag("thr_persist", thr_persist),
         )
     )
+    if not isinstance(numbers["tau_m"], Array):
+        _warn.made(params.tau_m, float(np.min(numbers["tau_m"])))
+    return params
 
 
 def is_off(value: Any) -> bool:
@@ -273,7 +279,8 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
         state: the state after the step before, fields [..., N].
         j: input current [..., N]; another dtype is cast to that of params.
         t: the time of this step, ms; it enters tols only.
-        dt: the length of the step, ms, positive.
+        dt: the length of the step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are
+            known as Python or NumPy values.
 
     Returns:
         The state after the step; its v is after the reset, its s is the output.
@@ -296,6 +303,7 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
     """
     params, state = _check.values(params), _check.fields(state)
     t, dt = (_check.number(name, x, params.thr.dtype) for name, x in (("t", t), ("dt", dt)))
+    _warn.euler(params.tau_m, dt)
     with _check.transfers():
         return _step(params, state, _check.array("j", j, "an array of real numbers"), t, dt)
 

@@ -40,6 +40,10 @@ class _Neurons(nn.Module):
         names = [field.name for field in dataclasses.fields(self) if field.name not in others]
         return _layers.switch_on({name: getattr(self, name) for name in names}, self.learn)
 
+    def __post_init__(self):
+        super().__post_init__()
+        _layers.watch(self._hyper(), self.dt)
+
     def setup(self):
         hyper = self._hyper()
         names = _layers.stored_names(hyper, self.learn)
@@ -69,14 +73,14 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms.
+        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
         tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
             thr_jitter, surrogate, dtype: as in `slif.init_params`.
         learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
             logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
             "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
-            array [N] is one a unit, thr is always [N]. With a surrogate with respect to the current, only resist_m,
-            resist_inh and inh_weights get a gradient.
+            array [N] is one a unit, thr is always [N]. A learned thr that nothing adapts is put into every carry.
+            With a surrogate with respect to the current, only resist_m, resist_inh and inh_weights can be trained.
 
     Returns:
         Of a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is the `SLIFState`
@@ -84,7 +88,8 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
+            inputs do not fit.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the contract of `flax.linen.RNNCellBase`.
 
@@ -97,7 +102,7 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs)
+        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs, learned_thr="thr" in self.learn)
 
     def initialize_carry(self, rng: Array | None, input_shape: tuple[int, ...]) -> _layers.Carry:
         """The cell at rest, with the stored thresholds; `rng` is not used."""
@@ -127,7 +132,7 @@ class SLIF(_Neurons):
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms.
+        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
         tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
             thr_jitter, surrogate, dtype: as in `slif.init_params`.
         learn: names of the parameters to train, as in `SLIFCell`.
@@ -138,7 +143,8 @@ class SLIF(_Neurons):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
+            inputs do not fit.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3).
 
@@ -171,7 +177,8 @@ class SLIF(_Neurons):
 
         Args:
             x: currents [T, ..., N], or [..., T, N] if not `time_major`.
-            initial_state: the state before the first step; None for rest.
+            initial_state: the state before the first step; None for rest. A layer that learns thr and does not adapt
+                puts its own thresholds into it.
             valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
             record: what to return, as in `slif.simulate`.
             return_state: return the state after the last step as well. A second window goes on from it with `t0`.
@@ -185,6 +192,7 @@ class SLIF(_Neurons):
             self.slif_params(),
             self.dt,
             x,
+            learned_thr="thr" in self.learn,
             time_major=self.time_major,
             initial_state=initial_state,
             valid=valid,

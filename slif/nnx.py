@@ -63,6 +63,7 @@ class _Neurons(nnx.Module):
         }
         hyper, key = _layers.switch_on(hyper, learn), rngs.params()
         params, names = init_params(key, features, **hyper), _layers.stored_names(hyper, learn)
+        _layers.watch(hyper, dt)
         self.features, self.dt, self.dtype = features, dt, params.thr.dtype
         self.static = tuple(getattr(params, name) for name in FLAGS), params.surrogate.replace(numbers={})
         self.learned = tuple(name for name in names if not name.startswith("fixed_"))
@@ -107,7 +108,7 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms.
+        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
         tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
             thr_jitter, surrogate, dtype: as in `slif.init_params`.
         learn: names of the parameters to train, as in `slif.linen.SLIFCell`.
@@ -119,7 +120,8 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
+            inputs do not fit.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the contract of `flax.nnx.RNNCellBase`.
 
@@ -130,7 +132,8 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        return _layers.run_cell(_params(self), self.dt, carry, inputs)
+        learned_thr = "learned_thr" in self.learned
+        return _layers.run_cell(_params(self), self.dt, carry, inputs, learned_thr=learned_thr)
 
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> _layers.Carry:
         """The cell at rest, with the thresholds of the module; `rngs` and `carry_init` are not used."""
@@ -159,7 +162,8 @@ class SLIF(_Neurons):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
+            inputs do not fit.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3).
 
@@ -192,7 +196,8 @@ class SLIF(_Neurons):
 
         Args:
             x: currents [T, ..., N], or [..., T, N] if not `time_major`.
-            initial_state: the state before the first step; None for rest.
+            initial_state: the state before the first step; None for rest. A layer that learns thr and does not adapt
+                puts its own thresholds into it.
             valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
             record: what to return, as in `slif.simulate`.
             return_state: return the state after the last step as well. A second window goes on from it with `t0`.
@@ -206,6 +211,7 @@ class SLIF(_Neurons):
             _params(self),
             self.dt,
             x,
+            learned_thr="learned_thr" in self.learned,
             time_major=self.time_major,
             initial_state=initial_state,
             valid=valid,

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from slif import _check
+from slif import _check, _warn
 from slif._mesh import alike, follow
 from slif.cell import drive, prepare
 from slif.loops.choose import choose
@@ -30,7 +30,7 @@ def simulate(
     checkpoint_every: int | None = None,
     implementation: str | None = None,
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """Runs the cell over a sequence of currents.
+    """Runs the cell over a sequence of currents, by forward Euler.
 
         state = step(params, state, currents[k], t0 + k dt, dt)   for k = 0 .. T - 1
 
@@ -38,7 +38,8 @@ def simulate(
         params: the parameters.
         state: the state before the first step, fields [..., N].
         currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop.
-        dt: the length of a step, ms, positive.
+        dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are known
+            as Python or NumPy values.
         t0: the time of the first step, ms.
         record: what to return of every step: any field of `SLIFState`, "u" (the potential before the reset, with a
             gradient where v has one) or "s_packed" (8 spikes a byte), each [T, ..., N]; and summaries [..., N] that
@@ -83,6 +84,7 @@ def simulate(
         spike_dtype=_spike_dtype(dtype if spike_dtype is None else spike_dtype),
         checkpoint_every=None if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every, 1),
     )
+    _warn.euler(params.tau_m, request.dt)
     currents = _check.array("currents", currents, "an array of real numbers")
     with _check.transfers():
         return _simulate(params, state, currents, request, implementation)
@@ -136,7 +138,8 @@ def _attach(
     if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
         out["s"] = attach(i, out["s"])
     if "spike_count" in out:
-        nothing = jnp.zeros_like(i, out["spike_count"].dtype)
+        # Zeros that depend on i: under vmap a value that all share could not get a derivative for each.
+        nothing = jnp.where(i > 0, 0, jnp.zeros_like(i, out["spike_count"].dtype))
         out["spike_count"] = out["spike_count"] + attach(i, nothing).sum(0)
     if valid is None:
         j, s = i[-1], out["s"][-1].astype(i.dtype) if "s" in out else final.s

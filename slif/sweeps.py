@@ -11,7 +11,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from slif import _check
+from slif import _check, _warn
+from slif._check import SURROGATE
 from slif.cell import init_state, reset
 from slif.simulation import simulate
 from slif.types import SLIFParams, SLIFState
@@ -27,7 +28,8 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
         names, points in the order of itertools.product: the last axis runs fastest
 
     Args:
-        **axes: the values along each axis, a sequence or an array [n].
+        **axes: the values along each axis, a sequence or an array [n]; `**{"surrogate.slope": [1.0, 2.0]}` for a
+            number of the surrogate.
 
     Returns:
         A dict of name -> [P], P the product of the lengths.
@@ -49,9 +51,14 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
         if x.ndim != 1 or x.size == 0:
             raise ValueError(f"{name}: expected shape [n], n >= 1, got shape {x.shape}")
     dtypes = {name: jax.dtypes.canonicalize_dtype(x.dtype) for name, x in values.items()}
-    values = {name: _check.put(_check.real(name, x, dtypes[name]), dtypes[name]) for name, x in values.items()}
-    points = jnp.meshgrid(*values.values(), indexing="ij")
-    return {name: x.reshape(-1) for name, x in zip(values, points, strict=True)}
+    arrays = {name: _check.put(_check.real(name, x, dtypes[name]), dtypes[name]) for name, x in values.items()}
+    points = jnp.meshgrid(*arrays.values(), indexing="ij")
+    points = {name: x.reshape(-1) for name, x in zip(values, points, strict=True)}
+    if not any(isinstance(x, Array) for x in values.values()):
+        known = dict(zip(values, np.meshgrid(*values.values(), indexing="ij", copy=False), strict=True))
+        for name in {"tau_m", "dt"} & known.keys():
+            _warn.made(points[name], known[name].reshape(-1))
+    return points
 
 
 def sweep(
@@ -77,9 +84,11 @@ def sweep(
         params: the parameters that all points share.
         currents: input currents [T, ..., N] that all points share, or None where they are swept.
         over: name -> [P] or, one number a unit, [P, N]: numeric fields of `SLIFParams` (rho_b [P] only, inh_weights
-            [P, N, N]), "dt" [P], or "currents" [P, T, ..., N]. A [P] value of thr replaces the thresholds, jitter
-            included. A mechanism that params lack is switched on; inhibition takes resist_inh and inh_weights both.
-        dt: the length of a step, ms, positive; None where it is swept.
+            [P, N, N]), "dt" [P], "currents" [P, T, ..., N], or a number of the surrogate, "surrogate.slope". A [P]
+            value of thr replaces the thresholds, jitter included. A mechanism that params lack is switched on;
+            inhibition takes resist_inh and inh_weights both.
+        dt: the length of a step, ms, positive; None where it is swept. Above 2 tau_m forward Euler diverges: a
+            UserWarning where both are known as Python or NumPy values, or from a `grid` of these.
         state: the state before the first step: one [..., N] for all points, or one a point, [P, ..., N]. None for rest,
             with the batch shape of the currents. A sweep over thr puts each point's thresholds into it.
         t0: the time of the first step, ms.
@@ -109,7 +118,7 @@ def sweep(
         >>> out["spike_count"].ravel()
         Array([33., 20., 10.], dtype=float32)
     """
-    params = _check.params(params)
+    given, params = params, _check.params(params)
     points = _check_over(over, params)
     n_points = next(iter(points.values())).shape[0]
     for name, value, kind in (("currents", currents, "an array"), ("dt", dt, "a number")):
@@ -125,6 +134,7 @@ def sweep(
         shared["currents"] = _check.put(currents, currents.dtype)
     if dt is not None:
         shared["dt"] = _check.scalar("dt", dt, dtype)
+    _watch(given.tau_m, dt, over)
     if valid is not None:
         _check.mask("valid", valid, shape[:-1])
         shared["valid"] = _check.put(valid, bool)
@@ -191,10 +201,23 @@ def point(params: SLIFParams, over: Mapping[str, ArrayLike], k: int | Array) -> 
 
 def _at(params: SLIFParams, values: Mapping[str, Array]) -> SLIFParams:
     """The parameters with the values of one point in their place."""
-    leaves = {name: x for name, x in values.items() if name not in ("dt", "currents")}
+    numbers = {name.removeprefix(SURROGATE): x for name, x in values.items() if name.startswith(SURROGATE)}
+    surrogate = params.surrogate.replace(numbers={**params.surrogate.numbers, **numbers})
+    leaves = {name: x for name, x in values.items() if name in SLIFParams.__annotations__}
     if "thr" in leaves:
         leaves["thr"] = jnp.broadcast_to(leaves["thr"], (params.n_units,))
-    return params.replace(**leaves)
+    return params.replace(**leaves, surrogate=surrogate)
+
+
+def _tied(params: SLIFParams, values: Mapping[str, Array]) -> SLIFParams:
+    """The same; where the surrogate is swept, the currents of a point are its own even if all points have them alike.
+
+    Under vmap JAX takes spikes that no swept value enters for shared, and then cannot give them a derivative a point.
+    """
+    for name in values:
+        if name.startswith(SURROGATE):
+            params = params.replace(resist_m=jnp.where(values[name].max() > 0, params.resist_m, params.resist_m))
+    return params
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "options"))
@@ -209,7 +232,7 @@ def _sweep(
         values, state = point
         arguments = shared | {name: values[name] for name in ("dt", "currents") if name in values}
         params, currents = arguments.pop("params"), arguments.pop("currents")
-        params = _at(params, values)
+        params = _tied(_at(params, values), values)
         state = arguments.pop("state", state)
         if state is None:
             state = init_state(params, currents.shape[1:-1])
@@ -244,13 +267,23 @@ def _take(points: Any, index: Array) -> Any:
     return jax.tree.map(lambda x: x[index], points)
 
 
+def _watch(tau_m: Any, dt: Any, over: Mapping[str, ArrayLike]) -> None:
+    """Warns of points whose dt is too long for the fastest of their units."""
+    tau_m, dt = (_warn.known(over.get(name, x)) for name, x in (("tau_m", tau_m), ("dt", dt)))
+    if tau_m is not None and dt is not None:
+        tau_m = np.asarray(tau_m)
+        _warn.euler(tau_m.reshape(len(tau_m), -1).min(1) if "tau_m" in over else tau_m.min(), np.asarray(dt))
+
+
 def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     """The points, each value on the device, broadcast to nothing yet."""
     if not isinstance(over, Mapping) or not all(isinstance(name, str) for name in over):
         raise TypeError(f"over: expected a dict of name -> [P, ...], got {over!r}")
-    unknown = sorted(set(over) - set(NAMES))
+    own = tuple(SURROGATE + name for name in params.surrogate.numbers)
+    units, unknown = UNITS + own, sorted(set(over).difference(NAMES, own))
     if unknown or not over:
-        raise ValueError(f"over: expected names among {', '.join(NAMES)}, got {', '.join(unknown) or 'none'}")
+        known, got = ", ".join((*NAMES, *own)), ", ".join(unknown) or "none"
+        raise ValueError(f"over: expected names among {known}, got {got}")
     for name, other in (("resist_inh", "inh_weights"), ("inh_weights", "resist_inh")):
         if name in over and other not in over and getattr(params, other) is None:
             raise ValueError(f"over: expected params with {other} for a sweep over {name}, got None")
@@ -261,10 +294,10 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
             points[name] = _check.put(value, value.dtype)
             continue
         array, n_units = _check.real(name, value, params.thr.dtype), params.n_units
-        expected = ((None,), (None, n_units)) if name in UNITS else ((None,),)
+        expected = ((None,), (None, n_units)) if name in units else ((None,),)
         expected = ((None, n_units, n_units),) if name == "inh_weights" else expected
         if not any(_check.fits(array.shape, shape) for shape in expected):
-            spelt = "[P] or [P, N]" if name in UNITS else "[P, N, N]" if name == "inh_weights" else "[P]"
+            spelt = "[P] or [P, N]" if name in units else "[P, N, N]" if name == "inh_weights" else "[P]"
             raise ValueError(f"{name}: expected shape {spelt} with N = {params.n_units}, got shape {array.shape}")
         points[name] = _check.put(array, params.thr.dtype).astype(params.thr.dtype)
     lengths_of = {name: x.shape[0] for name, x in points.items()}

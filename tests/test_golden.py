@@ -14,6 +14,9 @@ import slif
 from slif.kernels import OLDEST_JAX
 
 TRACES = sorted((Path(__file__).parent / "data").glob("*.npz"))
+# Of thresholds below 0 there is a trace as well.
+pytestmark = pytest.mark.filterwarnings("ignore:thr_jitter:UserWarning")
+
 BOOKKEEPING = ("name", "seed", "dt", "t0", "batch_size", "n_units", "reset_at")
 
 

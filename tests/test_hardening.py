@@ -138,6 +138,7 @@ def test_debug_nans(batch, n_steps, n_units, mechanism, finite):
         jax.grad(loss, (0, 1))(params, currents)
 
 
+@pytest.mark.filterwarnings("ignore:thr_jitter:UserWarning")
 @many
 @given(
     value=st.one_of(st.floats(), st.integers(-(10**400), 10**400)),

@@ -29,13 +29,22 @@ LAYERS = {
         "surrogate": slif.arctan(),
         "learn": ("tau_m", "resist_m", "thr", "thr_gain"),
     },
-    "sparse": {"rho_b": 0.0013, "tau_m": np.linspace(5, 30, N), "thr_jitter": 0.0, "learn": ("tau_m", "rho_b")},
+    "sparse": {
+        "rho_b": 0.0013,
+        "tau_m": np.linspace(5, 30, N),
+        "thr_jitter": 0.0,
+        "surrogate": slif.arctan(),
+        "learn": ("tau_m", "rho_b"),
+    },
 }
 LEARN_ALL = {
     **LAYERS["everything"],
     "rho_b": 0.0013,
     "learn": ("tau_m", "resist_m", "thr", "thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights"),
 }
+
+
+CURRENT = slif.custom(jnp.ones_like, wrt="current")
 
 
 def currents(*shape):
@@ -235,12 +244,45 @@ def test_initial_state(framework):
     assert_same(layer(x[20:], initial_state=middle), expected)
 
 
+@pytest.mark.parametrize("hyper", [{}, {"thr_gain": 0.013}], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("kind", ["SLIF", "SLIFCell"])
+def test_learned_thresholds_act_and_train_in_every_window(framework, kind, hyper):
+    """A window that goes on from a state takes the thresholds of params, unless they adapt: then the state's count."""
+    x = currents(8, B, N)
+    options = {"learn": ("thr",), "surrogate": slif.arctan(), **hyper}
+    layer = make(framework, kind, {"time_major": True, "return_carry": True}, **options)
+    params = layer.params(layer.variables)
+    middle, _ = plain(params, x)
+    old = middle.replace(thr=middle.thr + 0.03)
+
+    def window(variables):
+        if kind == "SLIF":
+            s, state = layer.call(variables, x, initial_state=old, return_state=True)
+        else:
+            (state, _), s = layer.call(variables, x, initial_carry=(old, jnp.zeros(B, jnp.int32)))
+        return s.sum(), (s, state)
+
+    def expected_window(thr):
+        state = old if hyper else slif.reset(params.replace(thr=thr), middle, fields=("thr",))
+        state, out = plain(params.replace(thr=thr), x, state)
+        return out["s"].sum(), (out["s"], state)
+
+    gradient, actual = jax.jit(jax.grad(window, has_aux=True, allow_int=True))(layer.variables)
+    wanted, expected = jax.jit(jax.grad(expected_window, has_aux=True))(params.thr)
+    assert_same(actual, expected)
+    (gradient,) = layer.trained(gradient).values()
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+    assert (np.abs(wanted).max() == 0) == bool(hyper)
+    if not hyper:
+        assert_same(actual[0], plain(params, x, middle)[1]["s"])  # as before the thresholds were put in
+
+
 @pytest.mark.parametrize("shape", ["scalar", "per unit"])
 def test_learning_starts_at_the_given_values(framework, shape):
     given = {"tau_m": 17.3, "resist_m": -1.7, "thr_gain": 0.013, "thr_leak": 0.007, "resist_inh": 0.1, "rho_b": 0.2}
     if shape == "per unit":
         given = {name: x if name == "rho_b" else x * np.linspace(1, 2, N) for name, x in given.items()}
-    layer = make(framework, thr_jitter=0.0, learn=(*given, "thr"), **given)
+    layer = make(framework, thr_jitter=0.0, surrogate=slif.arctan(), learn=(*given, "thr"), **given)
     params = layer.params(layer.variables)
     for name, value in given.items():
         assert_same(getattr(params, name), np.float32(value))
@@ -251,7 +293,7 @@ def test_learning_starts_at_the_given_values(framework, shape):
 
 
 def test_learning_switches_a_mechanism_on(framework):
-    layer = make(framework, learn=("thr_gain", "thr_leak"))
+    layer = make(framework, surrogate=slif.arctan(), learn=("thr_gain", "thr_leak"))
     params = layer.params(layer.variables)
     assert_same((params.thr_gain, params.thr_leak), (np.float32(0), np.float32(0)))
 
@@ -355,11 +397,11 @@ def test_checkpoint_by_orbax(framework, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtype(framework, dtype):
-    layer = make(framework, dtype=dtype, thr_jitter=0.0, learn=("tau_m",))
+    layer = make(framework, dtype=dtype, thr_jitter=0.0, learn=("resist_m",))
     params = layer.params(layer.variables)
     assert_same(params, slif.init_params(jax.random.key(0), N, **HYPER, dtype=dtype, thr_jitter=0.0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
-    assert layer.trained(layer.variables)["logscale_tau_m"].dtype == jnp.float32
+    assert layer.trained(layer.variables)["logscale_resist_m"].dtype == jnp.float32
     assert layer(currents()).dtype == dtype
 
 
@@ -384,7 +426,9 @@ def test_an_unbound_cell_has_no_stored_thresholds():
         ({"learn": ("tau_m", "tau")}, ValueError, "got tau\\b"),
         ({"learn": "tau_m"}, TypeError, "tuple of names"),
         ({"learn": ("inh_weights",)}, ValueError, "resist_inh"),
-        ({"learn": ("rho_b",)}, ValueError, "rho_b.*other than 0"),
+        ({"learn": ("rho_b",), "surrogate": slif.arctan()}, ValueError, "rho_b.*other than 0"),
+        ({"learn": ("resist_m", "tau_m", "thr")}, ValueError, r"learn: .*slif\.arctan\(\).* train tau_m, thr, got"),
+        ({"learn": ("thr_gain",), "surrogate": CURRENT}, ValueError, "learn: .*voltage.* train thr_gain, got"),
         ({"learn": ("resist_inh",)}, ValueError, "resist_inh.*other than 0"),
         ({"tau_m": -1.0}, ValueError, "tau_m.*> 0"),
         ({"tau_m": -1.0, "thr_jitter": 0.0}, ValueError, "tau_m.*> 0"),

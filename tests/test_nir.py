@@ -202,7 +202,7 @@ CELLS = {"dt": DT, "tau_m": 8.0, "resist_m": 1.3, "thr": 0.4}
 class Network(nn.Module):
     def setup(self):
         self.dense = nn.Dense(9)
-        self.slif = slif.linen.SLIF(9, learn=("tau_m",), **CELLS)
+        self.slif = slif.linen.SLIF(9, learn=("resist_m",), **CELLS)
 
     def __call__(self, x):
         return self.slif(self.dense(x))
@@ -217,7 +217,7 @@ class Network(nn.Module):
 def test_a_flax_model_goes_out_and_comes_back(tmp_path):
     net, x = Network(), jax.random.normal(jax.random.key(0), (50, 4, 6)) * 3
     variables = net.init(jax.random.key(1), x)
-    variables["params"]["slif"]["logscale_tau_m"] = jnp.float32(0.3)
+    variables["params"]["slif"]["logscale_resist_m"] = jnp.float32(0.3)
     nir.write(tmp_path / "a.nir", nir.NIRGraph.from_list(*net.apply(variables, method="nodes")))
 
     graph = nir.read(tmp_path / "a.nir")

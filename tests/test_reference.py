@@ -93,6 +93,7 @@ class Reference:
         self.state = self._full(state)
 
 
+@pytest.mark.filterwarnings("ignore:thr_jitter:UserWarning")  # now and then drawn as large as thr
 def test_spikes_are_those_of_the_reference(configuration, implementation):
     rng = np.random.default_rng([2017, configuration])
     arguments, run, currents = draw(rng)

@@ -64,7 +64,7 @@ def test_one_number_a_point(name):
 
 @pytest.mark.parametrize("name", ["tau_m", "thr", "refract_time", "thr_gain"])
 def test_one_number_a_unit(name):
-    over = {name: np.random.default_rng(0).uniform(0.1, 2, (3, N_UNITS))}
+    over = {name: np.random.default_rng(0).uniform(0.2, 2, (3, N_UNITS))}
     params = make_params("sticky")
     assert_points(slif.sweep(params, CURRENTS, over=over, dt=DT), separate(params, over))
 
@@ -138,14 +138,45 @@ def test_gradients_are_those_of_separate_runs(surrogate, batch_size):
     bars = np.random.default_rng(1).normal(size=(3, *CURRENTS.shape)).astype(np.float32)
 
     def loss(run, resist_m, tau_m, currents):
-        return jnp.vdot(run({"resist_m": resist_m, "tau_m": tau_m}, currents)[1]["s"], bars)
+        out = run({"resist_m": resist_m, "tau_m": tau_m}, currents)[1]
+        return jnp.vdot(out["s"], bars) + jnp.vdot(out["spike_count"], bars[:, 0])
 
     points = (jnp.array([1.0, 1.5, 2.0]), jnp.array([10.0, 20.0, 40.0]), jnp.asarray(CURRENTS))
+    options = {"dt": DT, "record": ("s", "spike_count")}
     swept = jax.grad(loss, (1, 2, 3))(
-        lambda over, j: slif.sweep(params, j, over=over, dt=DT, batch_size=batch_size), *points
+        lambda over, j: slif.sweep(params, j, over=over, batch_size=batch_size, **options), *points
     )
-    alone = jax.grad(loss, (1, 2, 3))(lambda over, j: separate(params, over, j), *points)
+    alone = jax.grad(loss, (1, 2, 3))(lambda over, j: separate(params, over, j, **options), *points)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-5), swept, alone)
+
+
+def test_numbers_of_the_surrogate():
+    """Those of a unit, in value and gradient; spikes that all points share have a derivative for each."""
+    params, record = make_params("voltage"), ("s", "spike_count", "surrogate")
+    alpha = np.random.default_rng(0).uniform(0.1, 9, (2, N_UNITS)).astype(np.float32)
+
+    def swept(currents):
+        _, out = slif.sweep(params, currents, over={"surrogate.alpha": alpha}, dt=DT, record=record)
+        return (out["s"] * jnp.cos(currents)).sum() + out["spike_count"].sum(), out
+
+    def alone(currents):
+        owns = [params.replace(surrogate=slif.arctan(alpha=jnp.asarray(x))) for x in alpha]
+        runs = [slif.simulate(own, slif.init_state(own), currents, dt=DT, record=record)[1] for own in owns]
+        out = jax.tree.map(lambda *x: jnp.stack(x), *runs)
+        return (out["s"] * jnp.cos(currents)).sum() + out["spike_count"].sum(), out
+
+    with jax.numpy_rank_promotion("allow"):
+        gradient, out = jax.grad(swept, has_aux=True)(CURRENTS)
+        expected, separate_out = jax.grad(alone, has_aux=True)(CURRENTS)
+    assert_agree(out, separate_out)
+    assert np.abs(out["surrogate"][0] - out["surrogate"][1]).max() > 0.1
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+    over = slif.grid(**{"tau_m": [5.0, 20.0], "surrogate.alpha": [0.5, 8.0]})
+    own = slif.point(params, over, 1)
+    assert_same((own.tau_m, own.surrogate.numbers), (np.float32(5), {"alpha": np.float32(8)}))
+    with pytest.raises(ValueError, match=r"^over: expected names among .*, surrogate\.alpha, got surrogate\.slope$"):
+        slif.point(params, {"surrogate.slope": [1.0]}, 0)
 
 
 def test_shared_arrays_are_not_copied():
@@ -209,6 +240,9 @@ ONE = {"tau_m": [5.0, 9.0]}
         ({"over": {"tau_m": [0.0]}}, ValueError, "tau_m: expected values > 0"),
         ({"over": {"tau_m": [np.nan]}}, ValueError, "tau_m: expected finite"),
         ({"over": {"tau_m": ["a"]}}, TypeError, "tau_m: expected a real"),
+        ({"over": {"surrogate.c2": [1.0, 0.0]}}, ValueError, r"surrogate\.c2: expected values > 0"),
+        ({"over": {"surrogate.c2": np.ones((2, 2))}}, ValueError, r"surrogate\.c2: expected shape \[P\] or \[P, N\]"),
+        ({"over": {"surrogate.alpha": [1.0]}}, ValueError, r"surrogate\.c1, surrogate\.c2, got surrogate\.alpha"),
         ({"over": {"rho_b": np.ones((2, N_UNITS))}}, ValueError, r"rho_b: expected shape \[P\]"),
         ({"over": {"tau_m": [1.0, 2.0], "thr": [1.0]}}, ValueError, "the same number of points"),
         ({"over": {"resist_inh": [1.0]}}, ValueError, "inh_weights"),
@@ -256,6 +290,7 @@ def test_bad_input(arguments, error, message):
         ({"a": [[1.0]]}, ValueError, r"a: expected shape \[n\]"),
         ({"a": ["x"]}, TypeError, "a: expected a real"),
         ({"dt": [0.0]}, ValueError, "dt: expected values > 0"),
+        ({"surrogate.slope": [-1.0]}, ValueError, r"surrogate\.slope: expected values > 0"),
     ],
 )
 def test_bad_axes(axes, error, message):

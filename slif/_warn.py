@@ -1,0 +1,69 @@
+"""What is warned of at the entry: numbers that are valid, and hardly meant.
+
+Only Python and NumPy values are looked at. What a device array was made from is kept beside it for as long as the array
+lives, so that nothing is ever read back.
+"""
+
+import sys
+import warnings
+import weakref
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+_LIBRARIES = ("slif", "flax", "jax", "contextlib", "functools")
+_MADE_FROM: dict[int, tuple[weakref.ref, Any]] = {}
+
+
+def made(array: Any, value: Any) -> Any:
+    """The array, with the value from the host that it was made from kept for `known`."""
+    if not isinstance(array, Tracer) and not isinstance(value, jax.Array):
+        key = id(array)
+        _MADE_FROM[key] = weakref.ref(array, lambda _: _MADE_FROM.pop(key, None)), value
+    return array
+
+
+def known(value: Any) -> Any:
+    """What the host knows of a number: a Python or NumPy value, or what the array was made from; else None."""
+    entry = _MADE_FROM.get(id(value))
+    if entry is not None and entry[0]() is value:
+        return entry[1]
+    return None if isinstance(value, jax.Array) else value
+
+
+def euler(tau_m: Any, dt: Any) -> None:
+    """Warns of steps so long that the potential grows at each; both are scalars, or arrays of one point each."""
+    tau_m, dt = known(tau_m), known(dt)
+    if tau_m is None or dt is None:
+        return
+    stable = dt <= 2 * tau_m
+    if stable if isinstance(stable, bool) else stable.all():
+        return
+    steps, taus = np.broadcast_arrays(dt, tau_m)
+    worst = np.argmax(steps / taus)
+    _warn(
+        f"dt: forward Euler diverges for dt > 2 tau_m, got dt = {steps.flat[worst]} and tau_m = {taus.flat[worst]} ms"
+    )
+
+
+def jitter(thr: ArrayLike, width: ArrayLike) -> None:
+    """Warns of a jitter that leaves thresholds below 0, the potential at rest."""
+    if isinstance(thr, jax.Array) or isinstance(width, jax.Array) or not width:
+        return
+    low = np.asarray(thr)
+    if np.any((low >= 0) & (low <= width)):
+        _warn(
+            f"thr_jitter: units of a threshold below 0 fire at every step without input, got thr_jitter = {width} "
+            f"and thr = {thr}"
+        )
+
+
+def _warn(message: str) -> None:
+    """At the line of the program that the call came from."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
