@@ -1,5 +1,7 @@
 """Fused kernels: the whole time loop with the state in registers. Nothing here is imported before it is needed."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +11,8 @@ from slif.types import SLIFParams
 
 OLDEST_JAX = (0, 10)  # Pallas changes with every release; the scan serves those before
 NEWEST_JAX = (0, 12)  # that the suite has run on: a newer one gets the kernels by name only
+AMPERE_JAX = (0, 11)  # before it, Mosaic's code for anything older than Hopper ends the process
+LEAST_CAPABILITY = (8, 0)
 _CURRENTS = ("float32", "bfloat16", "float16")
 _SPIKES = ("float32", "bfloat16", "float16", "bool", "uint8", "int8", "int32")
 
@@ -32,12 +36,30 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
     return next((reason for reason, so in reasons.items() if so), None)
 
 
-def gpu() -> bool | None:
-    """Whether the default device is a GPU that the kernels run on; None where it is no GPU."""
+def gpu() -> bool:
+    """Whether the default device is a GPU."""
+    return _device().platform == "gpu"
+
+
+def unfit() -> str | None:
+    """Why the kernels do not run on the default device, a GPU; None where they do."""
+    device = _device()
+    least = LEAST_CAPABILITY if jax.__version_info__ >= AMPERE_JAX else (9, 0)
+    wanted = f"NVIDIA's of compute capability {_dotted(least)} or later with jax {jax.__version__}"
+    if least > LEAST_CAPABILITY:
+        wanted += f", {_dotted(LEAST_CAPABILITY)} or later from jax {_dotted(AMPERE_JAX)} on"
+    version = str(getattr(device, "compute_capability", ""))
+    if "NVIDIA" not in device.device_kind.upper() or not version.replace(".", "").isdigit():
+        return f"{device.device_kind}: it takes {wanted}"
+    if tuple(map(int, version.split("."))) < least:
+        return f"{device.device_kind} (compute capability {version}): it takes {wanted}"
+    return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _device() -> Any:
     device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
-    if device.platform != "gpu":
-        return None
-    version = str(getattr(device, "compute_capability", "")).split(".")[0]
-    return "NVIDIA" in device.device_kind.upper() and version.isdigit() and int(version) >= 9
+    return jax.devices(device)[0] if isinstance(device, str) else device

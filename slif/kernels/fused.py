@@ -31,7 +31,8 @@ def run(
     plan = loop.Plan(
         n_steps=len(currents),
         record=(*rows, "s") if only_packed else tuple(rows),
-        spike_dtype=jnp.dtype(jnp.uint8) if only_packed else request.spike_dtype,
+        # Mosaic keeps predicates as single bits, which no array does: one more pass over a byte a spike makes them bool.
+        spike_dtype=jnp.dtype(jnp.uint8) if only_packed or request.spike_dtype == bool else request.spike_dtype,
         count="spike_count" in record,
         first="first_spike_time" in record,
         masked=request.valid is not None,
@@ -52,6 +53,8 @@ def run(
     out = final | outs["record"]
     if "s_packed" in record:
         out["s_packed"] = pack_spikes(out["s"])
+    if "s" in record:
+        out["s"] = out["s"].astype(request.spike_dtype)
     return state, {name: out[name] for name in record}
 
 

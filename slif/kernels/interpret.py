@@ -21,6 +21,8 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
             units=pl.ds(start, plan.width),
             load=lambda ref: ref[...],
             fill=lambda x: jnp.full((plan.width,), x, jnp.float32),
+            # Of a whole block in one piece, XLA's CPU backend takes minutes to make code.
+            part=jax.lax.optimization_barrier,
         )
         body(plan, tile, *tree.unflatten(refs[: len(leaves)]), out_tree.unflatten(refs[len(leaves) :]))
 

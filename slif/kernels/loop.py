@@ -86,6 +86,7 @@ class Tile(NamedTuple):
     units: Any  # their slice of M
     load: Callable[[Any], Array]  # reads a reference [width] into registers
     fill: Callable[[Any], Array]  # a number in the same registers, as float32
+    part: Callable[[Any], Any] = lambda carry: carry  # between steps that the compiler is not to take together
 
     def number(self, ref: Any) -> Array:
         """What stays one number where it is one, or the tile's share of [M]."""
@@ -147,7 +148,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
         keep(b, carry)
         for n, j in enumerate(currents):
             k = b * BLOCK + n
-            carry, record = advance(params, carry, j, t0 + k.astype(t0.dtype) * dt, dt, live_at(bits, n))
+            carry, record = advance(params, tile.part(carry), j, t0 + k.astype(t0.dtype) * dt, dt, live_at(bits, n))
             write(k, record)
         return carry, ahead
 
@@ -169,10 +170,10 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
     start = plan.n_blocks * BLOCK
     (*most, last), bits = fetch(plan.n_blocks, plan.n_steps - start)
     for n, j in enumerate(most):
-        carry, record = advance(params, carry, j, t0 + (start + n) * dt, dt, live_at(bits, n))
+        carry, record = advance(params, tile.part(carry), j, t0 + (start + n) * dt, dt, live_at(bits, n))
         write(start + n, record)
     end = plan.n_steps - 1
-    carry, record, new = finish(params, carry, last, t0 + end * dt, dt, live_at(bits, end - start))
+    carry, record, new = finish(params, tile.part(carry), last, t0 + end * dt, dt, live_at(bits, end - start))
     write(end, record)
     for name, x in (carry[1] | vars(new)).items():
         outs["final"][name][tile.units] = x
@@ -219,7 +220,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, 
         rows = [{name: tile.row(x, start + k) for name, x in bars.record.items()} for k in range(n)]
         states = [fields]
         for k, j in enumerate(currents[:-1]):
-            states.append(advance(own, states[-1], j, dt, live_at(bits, k)))
+            states.append(tile.part(advance(own, states[-1], j, dt, live_at(bits, k))))
         for k in reversed(range(n)):
             of_fields = {"s": zero, "j": zero} | bar
             of_shown = {"s": zero} | ({"u": zero} if "u" in rows[k] else {})
@@ -230,7 +231,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, 
                 extra.extend((of_fields, name, x) for name, x in last.items())
             for full, name, x in extra:
                 full[name] = full[name] + x.astype(zero.dtype)
-            bar = (of_fields, of_shown)
+            bar = tile.part((of_fields, of_shown))
             d_own, bar, d_j, d_dt = pull(own, states[k], currents[k], dt, live_at(bits, k), bar)
             total = jax.tree.map(jnp.add, total, (d_own, d_dt))
             ref = outs["currents"]

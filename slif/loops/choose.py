@@ -41,12 +41,10 @@ def fuses(implementation: str | None, params: SLIFParams, currents: Array, reque
     if implementation == "xla":
         return False
     found = kernels.gpu()
+    missing = kernels.missing(params, currents, request) or (kernels.unfit() if found else None)
     if implementation is None:
         own = params.surrogate.slope.__module__ == Surrogate.__module__  # who knows what a custom one is made of
-        return found is True and own and kernels.tried() and kernels.missing(params, currents, request) is None
-    missing = kernels.missing(params, currents, request)
-    if found is False:
-        missing = "this GPU: it takes one of NVIDIA's of compute capability 9.0 or later"
+        return found and own and kernels.tried() and missing is None
     if missing is not None:
         raise NotImplementedError(f"implementation: 'pallas' cannot do {missing}; use None or 'xla'")
     return True
