@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from slif._mesh import alike
 from slif.kernels.loop import KEPT, Bars, Inputs, Plan, trained
 from slif.loops import plain
 from slif.request import Request
@@ -16,10 +17,10 @@ from slif.types import FIELDS, SLIFState
 
 
 def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
-    """What the kernel gives; of the states that it keeps, only the first one, from which all others follow."""
-    (inputs,) = args
+    """What the kernel gives; in place of the states that it keeps, the first one, from which they follow."""
+    (inputs,) = alike(args)
     n_steps, *shape = inputs.currents.shape
-    zeros = jnp.zeros_like(inputs.state["v"])
+    zeros = 0 * inputs.dt + jnp.zeros(shape)  # which differs between devices where the others do
     request = Request(
         dt=inputs.dt.reshape(()),
         t0=inputs.t0.reshape(()),
@@ -32,7 +33,7 @@ def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
     final, out = plain.run(inputs.params, state, inputs.currents, request)
     summaries = {name: out.pop(name) for name in plan.summaries}
     kept = {
-        name: jnp.zeros((plan.n_blocks + 1, *shape), x.dtype).at[0].set(x)
+        name: jnp.broadcast_to(x, (plan.n_blocks + 1, *shape))
         for name, x in inputs.state.items()
         if plan.keep and name in KEPT
     }
@@ -45,21 +46,24 @@ def _valid(live: Array, n_steps: int) -> Array:
 
 def reverse(plan: Plan, args: tuple[Inputs, Bars]) -> dict[str, Any]:
     """The derivative of `forward`, which runs once more for it."""
-    inputs, bars = args
+    inputs, bars = alike(args)
     shape = inputs.currents.shape[1:]
-    first = dict.fromkeys(plan.carried, jnp.zeros(shape)) | {name: x[0] for name, x in inputs.state.items()}
+    zeros = 0 * inputs.dt + jnp.zeros(shape)
+    first = dict.fromkeys(plan.carried, zeros) | {name: x[0] for name, x in inputs.state.items()}
     # One number a unit, as the kernel has it: their cotangents are summed outside.
     own = {name: jnp.broadcast_to(getattr(inputs.params, name), shape) for name in trained(inputs.params)}
 
     def outputs(own, moving, currents, dt):
         given = inputs._replace(params=inputs.params.replace(**own), state=first | moving, currents=currents, dt=dt)
         outs = forward(plan, (given,))
-        count = outs["final"].get("spike_count")
+        record, final = outs["record"], outs["final"]
         return Bars(
-            {name: outs["record"][name] for name in bars.record}, {name: outs["final"][name] for name in bars.final}, count
+            record={name: record[name] for name in bars.record},
+            final={name: final[name] for name in bars.final},
+            spike_count=final.get("spike_count"),
         )
 
     moving = {name: first[name] for name in plan.moving}
     d_own, d_moving, d_currents, d_dt = jax.vjp(outputs, own, moving, inputs.currents, inputs.dt)[1](bars)
-    d_dt = jnp.zeros(shape).at[(0,) * len(shape)].set(d_dt.sum())
+    d_dt = zeros.at[(0,) * len(shape)].set(d_dt.sum())
     return {"currents": d_currents, "inputs": d_moving | d_own | {"dt": d_dt}}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from slif._mesh import varying
 from slif.kernels import elsewhere, interpret, loop, mosaic_gpu
 from slif.kernels.spread import spread, units
 from slif.raster import pack_spikes
@@ -23,7 +24,7 @@ def run(
     """What `loops.plain.run` gives; with respect to the voltage, reverse mode only.
 
     Where the program turns out not to be for an NVIDIA GPU, the interpreter runs the kernels if they were asked for by
-    name, else a scan takes their place.
+    name, else a scan stands in for them.
     """
     record = request.record
     rows = [name for name in record if name not in (*SUMMARIES, "s_packed")]
@@ -31,8 +32,8 @@ def run(
     plan = loop.Plan(
         n_steps=len(currents),
         record=(*rows, "s") if only_packed else tuple(rows),
-        # Mosaic keeps predicates as single bits, which no array does: one more pass over a byte a spike makes them bool.
-        spike_dtype=jnp.dtype(jnp.uint8) if only_packed or request.spike_dtype == bool else request.spike_dtype,
+        # Mosaic keeps predicates as single bits, which no array does; another pass over a byte a spike makes them bool.
+        spike_dtype=jnp.dtype(jnp.uint8) if only_packed or request.spike_dtype == jnp.bool_ else request.spike_dtype,
         count="spike_count" in record,
         first="first_spike_time" in record,
         masked=request.valid is not None,
@@ -72,7 +73,9 @@ def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
     def by(launch: Callable) -> Callable:
         return lambda args: spread(functools.partial(_flat, kernel, plan, launch), out_type, rank, args)
 
-    default = by(interpret.launch) if by_name else functools.partial(kernel.scan, plan)
+    # Pallas' interpreter does not know the types of `jax.shard_map`'s check_vma; its code for GPUs does.
+    interpreted = by_name and not any(varying(x) for x in jax.tree.leaves(args))
+    default = by(interpret.launch) if interpreted else functools.partial(kernel.scan, plan)
     return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), default=default)
 
 
@@ -100,9 +103,7 @@ def _forward_type(plan: loop.Plan, _: Any, shape: tuple[int, ...]) -> dict[str, 
         return jax.ShapeDtypeStruct((*steps, *shape), dtype)
 
     return {
-        "record": {
-            name: array(plan.spike_dtype if name == "s" else jnp.float32, plan.n_steps) for name in plan.record
-        },
+        "record": {name: array(plan.spike_dtype if name == "s" else jnp.float32, plan.n_steps) for name in plan.record},
         "final": {name: array(jnp.float32) for name in (*FIELDS, *plan.summaries)},
         "kept": {name: array(jnp.float32, plan.n_blocks + 1) for name in loop.KEPT if plan.keep},
     }

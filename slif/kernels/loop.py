@@ -1,7 +1,7 @@
 """The time loop of a tile of units, forwards and backwards, with the state in registers.
 
 Both bodies are the same Python functions wherever they run; a launcher gives them references to whole arrays, the place
-of their tile, and how to load it. They call the equations of the plain loop and JAX's derivative of them, and hold none.
+of their tile, and how to load it. They call the step of the plain loop and JAX's derivative of it; no equation is here.
 
 Letters: T time steps, M units (every row of a batch counts), K steps a block.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from slif._mesh import varying
 from slif.kernels.bare import bare
 from slif.loops.plain import turn
 from slif.types import FIELDS, SLIFParams, SLIFState
@@ -90,11 +91,15 @@ class Tile(NamedTuple):
 
     def number(self, ref: Any) -> Array:
         """What stays one number where it is one, or the tile's share of [M]."""
-        return ref[0] if ref.shape[-1] == 1 else self.load(ref.at[self.units])
+        return ref[0] if ref.shape[-1] == 1 else self.row(ref)
 
     def row(self, ref: Any, *k: Any) -> Array:
         """The tile's share of [M], or of row k of [T, M]."""
-        return self.fill(ref[*k, 0]) if ref.shape[-1] == 1 else self.load(ref.at[*k, self.units])
+        if ref.shape[-1] == 1:
+            return self.fill(ref[*k, 0])
+        x = self.load(ref.at[*k, self.units])
+        # Inside `jax.shard_map` its type says that it differs between devices, and what Pallas makes of it does not.
+        return x * 1 if varying(x) else x
 
     def bits(self, ref: Any, k: Any) -> Array:
         return self.row(ref, k).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""One launch for all units: axes that `vmap` adds lie beside them, and every device of a mesh launches its own share."""
+"""One launch for all units: axes that `vmap` adds lie beside them, and every device launches its own share."""
 
 import itertools
 from collections.abc import Callable
