@@ -114,9 +114,11 @@ def _simulate(
     request = request.replace(dt=dt, t0=t0, valid=None if valid is None else valid[..., None])
     params, state, currents, request = alike((params, state, currents, request))
 
-    elementwise = params.surrogate.wrt == "current" and params.resist_inh is None and currents.shape[0] > 0
-    if params.surrogate.wrt == "current" and currents.shape[0] > 0:
-        state = lax.stop_gradient(state).replace(s=state.s, j=state.j)  # a frozen row would pass the others through
+    estimated = params.surrogate.wrt == "current"
+    elementwise = estimated and params.resist_inh is None and currents.shape[0] > 0
+    if currents.shape[0] > 0:  # a frozen row would pass on gradients of fields that have none
+        having = ("s", "j") if estimated else ("s", "j", "v", "thr")
+        state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in having})
     loop = choose(implementation, params, currents, request, constant=elementwise)
     if not elementwise:
         return loop(params, state, currents, request)

@@ -1,5 +1,7 @@
 """The fused kernels against the scan: values, final states and gradients in the interpreter, and code for a GPU."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import slif
+from slif import kernels
 from slif.kernels import OLDEST_JAX
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason="the fused kernels need a newer jax")
@@ -59,9 +62,19 @@ def gradients(params, currents, implementation, **options):
     return jax.grad(loss, argnums=(0, 1, 2, 3))(params, state, jnp.asarray(currents), jnp.float32(DT))
 
 
+def masks(currents, seed=3):
+    """Rows that end, pause, or never start."""
+    valid = np.random.default_rng(seed).random(currents.shape[:-1]) < 0.8
+    valid[len(valid) // 2 :, 0] = False
+    valid[:, -1] = False
+    return valid
+
+
 @fused
 def test_all_that_the_scan_gives(mechanism):
-    assert_like_the_scan(make_params(mechanism), make_currents(), record=RECORDS, t0=3.0)
+    currents = make_currents()
+    for valid in (None, masks(currents)):
+        assert_like_the_scan(make_params(mechanism), currents, record=("u", *RECORDS), t0=3.0, valid=valid)
 
 
 # Around a block's length, and around a tile's width.
@@ -97,8 +110,9 @@ def test_gradients_are_those_of_the_scan(name, detach_reset):
     surrogate = SURROGATES[name](detach_reset=detach_reset)
     everything = {"thr_gain": 0.02, "thr_leak": 0.01, "sticky_spikes": True, **UNITS, "resist_m": 1.5}
     params = make_params("plain", 50, surrogate=surrogate, **everything)
-    currents, record = make_currents((19, 2, 50)), ("s", "v", "thr", "j", "spike_count", "first_spike_time")
-    actual, expected = (gradients(params, currents, which, record=record) for which in ("pallas", "xla"))
+    currents, record = make_currents((19, 3, 50)), ("s", "u", "v", "thr", "j", "spike_count", "first_spike_time")
+    options = {"record": record, "valid": masks(currents) if name == "arctan" else None}
+    actual, expected = (gradients(params, currents, which, **options) for which in ("pallas", "xla"))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected)
 
 
@@ -132,11 +146,74 @@ def test_vmap_over_parameters_is_a_loop(surrogate):
         np.testing.assert_allclose(bar[k], expected[1], rtol=1e-5)
 
 
+def test_nested_vmaps_are_loops():
+    params, currents = make_params("sticky"), jnp.asarray(make_currents((11, 2, 11)))
+    taus, scales, valid = jnp.array([5.0, 10.0, 20.0]), jnp.array([1.0, 0.5]), masks(currents)
+
+    def one(tau, x, valid):
+        return run(params.replace(tau_m=tau), x, valid=valid)[1]["s"]
+
+    def scaled(tau, scale):
+        return jax.vmap(one, (None, 1, 1), 2)(tau, scale * currents, valid)
+
+    s = jax.vmap(lambda tau: jax.vmap(lambda scale: scaled(tau, scale))(scales))(taus)
+    for n, tau in enumerate(taus):
+        for k, scale in enumerate(scales):
+            for row in range(2):
+                expected = one(tau, scale * currents[:, row], valid[:, row])
+                np.testing.assert_array_equal(s[n, k, :, :, row], expected)
+
+
+def on_a_gpu(monkeypatch, kind, capability, version):
+    """As on a machine with that card and that release."""
+    device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(kernels, "_device", lambda: device)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(jax, "__version__", ".".join(map(str, version)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "version", "why"),
+    [
+        ("NVIDIA A100", "8.0", (0, 11, 2), None),
+        ("NVIDIA L4", "8.9", (0, 12, 0), None),
+        ("NVIDIA H100", "9.0", (0, 10, 2), None),
+        ("NVIDIA B200", "10.0", (0, 10, 2), None),
+        ("NVIDIA A100", "8.0", (0, 10, 2), r"NVIDIA A100 \(compute capability 8.0\).* 9.0 or later.* from jax 0.11 on"),
+        ("Tesla T4 of NVIDIA", "7.5", (0, 12, 0), r".*compute capability 7.5.* 8.0 or later with jax 0.12.0"),
+        ("AMD Instinct MI300X", "gfx942", (0, 12, 0), r"AMD Instinct MI300X: it takes NVIDIA's"),
+    ],
+)
+def test_cards_and_releases(monkeypatch, kind, capability, version, why):
+    on_a_gpu(monkeypatch, kind, capability, version)
+    params, currents = make_params(n_units=7), make_currents((3, 2, 7))
+    if why is None:
+        assert kernels.unfit() is None
+    else:
+        with pytest.raises(NotImplementedError, match=f"cannot do {why}"):
+            run(params, currents)
+
+
+@pytest.mark.parametrize("surrogate", ["secant", "arctan"])
+def test_a_cpu_beside_a_gpu_scans(monkeypatch, surrogate):
+    """With a GPU by default, a program for the CPU takes the scan: nothing of it runs in the interpreter."""
+    params = make_params("sticky", 7, surrogate=getattr(slif, surrogate)(), thr_gain=0.1)
+    x = make_currents((19, 3, 7))
+    options = {"record": ("s", "u", "spike_count", "s_packed"), "valid": masks(x)}
+    expected = run(params, x, "xla", **options), gradients(params, x, "xla", **options)
+    on_a_gpu(monkeypatch, "NVIDIA H100", "9.0", (0, 12, 0))
+    actual = run(params, x, None, **options), gradients(params, x, None, **options)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected)
+    text = jax.jit(lambda x: run(params, x, None, **options)).lower(x).as_text("hlo", debug_info=True)
+    assert "loops/plain" in text
+    assert "interpret" not in text
+
+
 def test_what_it_cannot_do_is_refused_by_name_and_scanned_otherwise():
     currents = make_currents()
     cases = [({"mechanism": name}, currents, {}, "mixes units") for name in MIXED]
     cases += [
-        ({}, currents, {"valid": jnp.ones(currents.shape[:-1], bool)}, "valid"),
         ({"dtype": jnp.bfloat16}, currents, {}, "params of dtype bfloat16"),
         ({}, currents.astype(int), {}, "currents of dtype int"),
         ({}, currents, {"spike_dtype": jnp.int16}, "spike_dtype int16"),
@@ -214,6 +291,17 @@ class TestCode:
 
             return jax.shard_map(raster, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
 
-        assert self.lower(sharded(False), x) == 1
-        with pytest.raises(NotImplementedError, match="check_vma=True"):
-            self.lower(sharded(True), x)
+        for check_vma in (False, True):
+            assert self.lower(sharded(check_vma), x) == 1
+
+    def test_a_sweep_is_one_launch_with_its_points_side_by_side(self):
+        params, n_points = make_params("plain", 1), 70_000
+        taus, x = jax.ShapeDtypeStruct((n_points,), jnp.float32), jax.ShapeDtypeStruct((9, 1), jnp.float32)
+
+        def sweep(taus, x):
+            return jax.vmap(lambda tau: run(params.replace(tau_m=tau), x)[1]["s"])(taus)
+
+        text = jax.jit(sweep).trace(taus, x).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("mosaic_gpu_v2") == 1
+        assert f"tensor<9x{n_points}xf32>" in text
+        assert f"{n_points}x128x" not in text  # nothing of a tile's width for every point
