@@ -210,6 +210,19 @@ def test_a_cpu_beside_a_gpu_scans(monkeypatch, surrogate):
     assert "interpret" not in text
 
 
+def test_shapes_that_jax_export_names_are_scanned(monkeypatch):
+    on_a_gpu(monkeypatch, "NVIDIA H100", "9.0", (0, 12, 0))
+    params, shape = make_params(n_units=7), jax.export.symbolic_shape("T, B")
+
+    def raster(x):
+        return run(params, x, None)[1]["s"]
+
+    for lead, fused_too in (((5, 2), True), (shape, False)):
+        x = jax.ShapeDtypeStruct((*lead, 7), jnp.float32)
+        module = jax.export.export(jax.jit(raster), platforms=["cuda"])(x).mlir_module()
+        assert ("mosaic_gpu" in module) == fused_too
+
+
 def test_what_it_cannot_do_is_refused_by_name_and_scanned_otherwise():
     currents = make_currents()
     cases = [({"mechanism": name}, currents, {}, "mixes units") for name in MIXED]

@@ -1,6 +1,7 @@
 """Every way of calling gives the same spikes: bit for bit those of the live reference, whatever is a literal."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,13 @@ MECHANISMS = {
 # A factor of 1, powers of two, and fractions that no float holds.
 DTS, RESISTANCES = (0.25, 0.3, 0.5, 1.0, 2.0), (1.0, 1.3)
 CURRENTS = np.random.default_rng(0).uniform(-0.3, 1.5, (T, B, N)).astype(np.float32)
+
+
+def chosen(mechanism):
+    """A third of all pairs of dt and resist_m, every one with some mechanism; and dt = 1, a literal like no other."""
+    shift = list(MECHANISMS).index(mechanism)
+    pairs = itertools.product(DTS, RESISTANCES)
+    return [pair for n, pair in enumerate(pairs) if (n + shift) % 3 == 0 or pair == (1.0, 1.3)]
 
 
 def hyper(mechanism, resist_m):
@@ -183,17 +191,16 @@ LAYERS = {
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("name", [*WAYS, *LAYERS])
 def test_every_way_is_the_reference(name, mechanism):
-    for resist_m in RESISTANCES:
-        params = make(mechanism, resist_m)
+    for dt, resist_m in chosen(mechanism):
+        params, expected = make(mechanism, resist_m), reference(mechanism, resist_m)[dt]
         state, currents = slif.init_state(params, B), jnp.asarray(CURRENTS)
-        for dt, expected in reference(mechanism, resist_m).items():
-            if name in WAYS:
-                out = WAYS[name](params, state, currents, dt)
-            else:
-                out = LAYERS[name](params, state, currents, dt, hyper(mechanism, resist_m))
-            for field in TOLD:
-                message = f"{field} with dt={dt}, resist_m={resist_m}"
-                np.testing.assert_array_equal(out[field], expected[field], err_msg=message)
+        if name in WAYS:
+            out = WAYS[name](params, state, currents, dt)
+        else:
+            out = LAYERS[name](params, state, currents, dt, hyper(mechanism, resist_m))
+        for field in TOLD:
+            message = f"{field} with dt={dt}, resist_m={resist_m}"
+            np.testing.assert_array_equal(out[field], expected[field], err_msg=message)
 
 
 def test_the_reference_is_not_silent():

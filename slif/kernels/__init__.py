@@ -24,6 +24,7 @@ def tried() -> bool:
 
 def missing(params: SLIFParams, currents: Array, request: Request) -> str | None:
     """What of this run a kernel cannot do, or None."""
+    symbolic = not all(isinstance(n, int) for n in currents.shape)
     reasons = {
         f"jax {jax.__version__}, which is too old for it": jax.__version_info__ < OLDEST_JAX,
         "rho_b, which mixes units": params.rho_b is not None,
@@ -31,7 +32,8 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
         f"params of dtype {params.thr.dtype}": params.thr.dtype != jnp.float32,
         f"currents of dtype {currents.dtype}": str(currents.dtype) not in _CURRENTS,
         f"spike_dtype {request.spike_dtype}": str(request.spike_dtype) not in _SPIKES,
-        "an empty sequence or batch": 0 in currents.shape,
+        "a shape with names for numbers": symbolic,
+        "an empty sequence or batch": not symbolic and 0 in currents.shape,
     }
     return next((reason for reason, so in reasons.items() if so), None)
 

@@ -1,9 +1,14 @@
 """The loop for GPUs without a kernel of their own: the plain one, several steps a turn."""
 
-import functools
+from jax import Array
 
 from slif.loops import plain
+from slif.request import Request
+from slif.types import SLIFParams, SLIFState
 
-# XLA launches 3 kernels a turn forwards and 9 in training; eight steps a turn take 3 and 11. Sixteen gain little more,
-# and 32 compile three times longer.
-run = functools.partial(plain.run, unroll=8)
+
+def run(params: SLIFParams, state: SLIFState, currents: Array, request: Request) -> tuple[SLIFState, dict[str, Array]]:
+    """What `plain.run` gives."""
+    # XLA launches 3 kernels a turn forwards and 9 in training; eight steps a turn take 3 and 11. Sixteen gain little
+    # more, and 32 compile three times longer. Of a length that `jax.export` only names JAX makes no turns of eight.
+    return plain.run(params, state, currents, request, unroll=8 if isinstance(currents.shape[0], int) else 1)
