@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11, help="batches of which the median is told")
     options = parser.parse_args()
     if importlib.util.find_spec("ngclearn") is None:
-        parser.error("ngclearn is not installed: pip install 'slif[reference]'")
+        parser.error("ngclearn is not installed: pip install ngclearn")
     try:
         images, classes = random_batch() if options.data is None else first_batch(options.data)
     except (OSError, ValueError) as error:

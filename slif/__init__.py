@@ -1,4 +1,7 @@
-"""The simplified leaky integrate-and-fire cell (sLIF) as pure functions over explicit state."""
+"""The simplified leaky integrate-and-fire cell (sLIF) as pure functions over explicit state.
+
+Modules of their own, imported by name: `slif.linen` and `slif.nnx` (Flax), `slif.checkpoint`, `slif.nir`, `slif.plot`.
+"""
 
 from slif.cell import describe, detach, init_params, init_state, reset, step
 from slif.raster import pack_spikes, unpack_spikes

@@ -1,4 +1,4 @@
-"""The Neuromorphic Intermediate Representation (NIR): a cell as a `nir.LIF` node, and back. Extra: `slif[nir]`."""
+"""The Neuromorphic Intermediate Representation (NIR): a cell as a `nir.LIF` node, and back. Extra: `nir`."""
 
 import warnings
 from typing import Any
@@ -15,7 +15,7 @@ from slif.types import SLIFParams
 try:
     import nir
 except ImportError as error:
-    raise ImportError('slif.nir needs the package nir: pip install "slif[nir]"') from error
+    raise ImportError("slif.nir needs the package nir: pip install nir") from error
 
 __all__ = ["from_nir", "to_nir"]
 

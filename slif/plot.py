@@ -1,4 +1,4 @@
-"""Pictures of what `simulate` records, with Matplotlib. Extra: `slif[plot]`.
+"""Pictures of what `simulate` records, with Matplotlib. Extra: `plot`.
 
 Nothing but the Axes is touched: no style, no global setting, no window. Colours are those of the Axes, light or dark.
 """
@@ -22,7 +22,7 @@ try:
     from matplotlib.colors import to_rgb
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ImportError('slif.plot needs Matplotlib: pip install "slif[plot]"') from error
+    raise ImportError("slif.plot needs Matplotlib: pip install matplotlib") from error
 
 __all__ = ["raster", "surrogates", "traces"]
 

@@ -39,6 +39,12 @@ class Surrogate(struct.PyTreeNode):
 
     Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold.
     Its numbers are leaves: they can be annealed or swept without a new compilation. The rest is static.
+
+    Attributes:
+        numbers: the numbers of the slope, by name.
+        slope: a function of x and the numbers.
+        wrt: what x is: "current" for i, "voltage" for u - thr.
+        detach_reset: no gradient flows through the reset of v.
     """
 
     numbers: dict[str, ArrayLike] = field(default_factory=lambda: {"c1": 0.82, "c2": 0.08})

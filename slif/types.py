@@ -17,20 +17,34 @@ class SLIFParams(struct.PyTreeNode):
 
     Every field but the two flags is a leaf, so it is traced, differentiated and swept like any array. A leaf is a
     scalar or [N] unless said otherwise; a mechanism that is absent is `None` and costs nothing.
+
+    Attributes:
+        tau_m: membrane time constant, ms.
+        resist_m: membrane resistance.
+        thr: [N] base threshold, jitter included ([..., N] once loaded from a batched file).
+        refract_time: refractory period, ms.
+        thr_gain: added to a unit's threshold when it spikes.
+        thr_leak: share of the threshold lost at each step.
+        rho_b: scalar; sparsity control; where > 0, thr_gain and thr_leak are ignored.
+        resist_inh: resistance to lateral inhibition; acts where > 0.
+        inh_weights: [N, N] lateral inhibition, from row to column; its diagonal is ignored.
+        surrogate: the estimator of the spike's derivative.
+        sticky_spikes: static; the output stays 1 while refractory.
+        thr_persist: static; reset leaves the thresholds alone.
     """
 
-    tau_m: Array  # membrane time constant, ms
-    resist_m: Array  # membrane resistance
-    thr: Array  # [N] base threshold, jitter included ([..., N] once loaded from a batched file)
-    refract_time: Array | None = None  # refractory period, ms
-    thr_gain: Array | None = None  # added to a unit's threshold when it spikes
-    thr_leak: Array | None = None  # share of the threshold lost at each step
-    rho_b: Array | None = None  # scalar: sparsity control; where > 0, thr_gain and thr_leak are ignored
-    resist_inh: Array | None = None  # resistance to lateral inhibition; acts where > 0
-    inh_weights: Array | None = None  # [N, N] lateral inhibition, from row to column; its diagonal is ignored
+    tau_m: Array
+    resist_m: Array
+    thr: Array
+    refract_time: Array | None = None
+    thr_gain: Array | None = None
+    thr_leak: Array | None = None
+    rho_b: Array | None = None
+    resist_inh: Array | None = None
+    inh_weights: Array | None = None
     surrogate: Surrogate = struct.field(default_factory=Surrogate)
-    sticky_spikes: bool = struct.field(pytree_node=False, default=False)  # the output stays 1 while refractory
-    thr_persist: bool = struct.field(pytree_node=False, default=False)  # reset leaves the thresholds alone
+    sticky_spikes: bool = struct.field(pytree_node=False, default=False)
+    thr_persist: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def n_units(self) -> int:
@@ -39,15 +53,25 @@ class SLIFParams(struct.PyTreeNode):
 
 
 class SLIFState(struct.PyTreeNode):
-    """State of the cell after a step; build it with `init_state`. Every field is [..., N]."""
+    """State of the cell after a step; build it with `init_state`. Every field is [..., N].
 
-    j: Array  # current that drove the step: resistance and inhibition applied
-    v: Array  # membrane potential, after the reset
-    s: Array  # output spikes, 0 or 1; with sticky spikes 1 throughout the refractory period
-    thr: Array  # threshold that the next step compares with
-    rfr: Array  # time since the last raw spike, ms
-    tols: Array  # time of the last output spike, ms
-    surrogate: Array  # slope of the surrogate at this step
+    Attributes:
+        j: current that drove the step: resistance and inhibition applied.
+        v: membrane potential, after the reset.
+        s: output spikes, 0 or 1; with sticky spikes 1 throughout the refractory period.
+        thr: threshold that the next step compares with.
+        rfr: time since the last raw spike, ms.
+        tols: time of the last output spike, ms.
+        surrogate: slope of the surrogate at this step.
+    """
+
+    j: Array
+    v: Array
+    s: Array
+    thr: Array
+    rfr: Array
+    tols: Array
+    surrogate: Array
 
 
 FIELDS = tuple(SLIFState.__dataclass_fields__)

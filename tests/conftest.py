@@ -4,6 +4,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import errors
 import jax
 import jax.monitoring
 import numpy as np
@@ -81,6 +82,14 @@ def enable_x64():
 def pytest_addoption(parser):
     parser.addoption("--configurations", type=int, default=60, help="random configurations to run by the reference")
     parser.addoption("--require-reference", action="store_true", help="fail, not skip, where ngclearn is absent")
+    parser.addoption(
+        "--errors", action="store_true", help="print how far apart the compared numbers were"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--errors"):
+        config.pluginmanager.register(errors.Errors())
 
 
 @pytest.fixture

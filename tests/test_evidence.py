@@ -1,0 +1,71 @@
+"""Each test, file and command that tests/README.md names is there; CITATION.cff says what the package says."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml  # Flax brings it.
+
+import slif
+
+ROOT = Path(__file__).parents[1]
+EVIDENCE = (ROOT / "tests/README.md").read_text()
+NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::([\w:]+)`", EVIDENCE)))
+QUOTED = re.findall(r"`([^`\n]+)`", EVIDENCE) + re.findall(r"^```bash\n(.*?)^```", EVIDENCE, re.MULTILINE | re.DOTALL)
+# A word with one of these in front of a slash is a path of the repository, one that ends in .py or .md anywhere.
+FOLDERS = ("tests", "slif", "benchmarks", "examples", "docs", ".ci", ".github")
+
+
+def defined(body):
+    """Every name of a function or class, those of a class as Class::name."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+            if isinstance(node, ast.ClassDef):
+                yield from (f"{node.name}::{name}" for name in defined(node.body))
+
+
+def paths():
+    for quoted in QUOTED:
+        for word in shlex.split(quoted, comments=True):
+            path = word.partition("::")[0]
+            if path.split("/")[0] in FOLDERS or path.endswith((".py", ".md")):
+                yield path
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
+def test_the_named_tests_are_there(file):
+    there = set(defined(ast.parse((ROOT / file).read_text()).body))
+    assert {name for named, name in NAMED if named == file} <= there
+
+
+def test_the_named_files_are_there():
+    named = set(paths())
+    assert {".ci/run", ".ci/gpu", "benchmarks/bench_simulate.py"} <= named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    links = re.findall(r"\]\(([^)#]+)\)", EVIDENCE)
+    assert [link for link in links if not (ROOT / "tests" / link).exists()] == []
+
+
+def test_every_promise_names_a_test_and_every_cell_is_filled():
+    rows = [line.strip("|").split(" | ") for line in EVIDENCE.splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if len(row) == 6 and "promise" not in row[0]]
+    assert len(promises) > 30
+    for row in promises:
+        assert all(cell.strip() for cell in row), row
+        assert re.search(r"`tests/\w+\.py::\w+`", row[-1]), row
+    assert {len(row) for row in rows} <= {3, 6}
+
+
+def test_the_citation():
+    told = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert told.keys() >= {"cff-version", "message", "title", "authors"}
+    assert (told["cff-version"], told["type"], told["license"]) == ("1.2.0", "software", "Apache-2.0")
+    assert told["version"] == slif.__version__
+    assert f"## {told['version']}, {told['date-released']}\n" in (ROOT / "CHANGELOG.md").read_text()
+    for entry in (told, *told["references"]):
+        assert entry["title"]
+        assert all(author.keys() in ({"name"}, {"family-names", "given-names"}) for author in entry["authors"])
+    assert {entry["type"] for entry in told["references"]} == {"article", "software"}
