@@ -82,9 +82,7 @@ def enable_x64():
 def pytest_addoption(parser):
     parser.addoption("--configurations", type=int, default=60, help="random configurations to run by the reference")
     parser.addoption("--require-reference", action="store_true", help="fail, not skip, where ngclearn is absent")
-    parser.addoption(
-        "--errors", action="store_true", help="print how far apart the compared numbers were"
-    )
+    parser.addoption("--errors", action="store_true", help="print how far apart the compared numbers were")
 
 
 def pytest_configure(config):

@@ -55,7 +55,7 @@ def test_every_promise_names_a_test_and_every_cell_is_filled():
     assert len(promises) > 30
     for row in promises:
         assert all(cell.strip() for cell in row), row
-        assert re.search(r"`tests/\w+\.py::\w+`", row[-1]), row
+        assert re.search(r"`tests/\w+\.py::[\w:]+`", row[-1]), row
     assert {len(row) for row in rows} <= {3, 6}
 
 
