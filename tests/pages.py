@@ -19,6 +19,11 @@ def recipes(path):
     return {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in texts.items()}
 
 
+def shown(path):
+    """What the page says that its code prints: the text right below a block."""
+    return "".join(re.findall(r"```python\n(?:(?!```).)*```\n\n```text\n(.*?)```", path.read_text(), re.DOTALL))
+
+
 def run_blocks(blocks, path, names=()):
     """The names after the last block; skips where a package is absent that the blocks need."""
     for words, package in NEEDS.items():
