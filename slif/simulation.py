@@ -51,9 +51,9 @@ def simulate(
         checkpoint_every: in the backward pass of a voltage surrogate, keep the state of every so many steps only and
             run the steps between again; fewer, down to half as many, where that divides T. About sqrt(T) saves the
             most memory.
-        implementation: "xla"; "pallas", one fused kernel for NVIDIA GPUs from compute capability 9.0 on, which runs in
-            Pallas' slow interpreter where there is no GPU; or None for the best for the platform and the arguments. The
-            kernel's gradients for a voltage surrogate are reverse mode only.
+        implementation: "xla"; "pallas", one fused kernel for NVIDIA GPUs from compute capability 8.0 on (9.0 with jax
+            0.10), which runs in Pallas' slow interpreter where there is no GPU; or None for the best for the platform
+            and the arguments. The kernel's gradients for a voltage surrogate are reverse mode only.
 
     Returns:
         The state after the last step, and a dict of what was recorded.
