@@ -19,12 +19,18 @@ def recipes(path):
     return {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in texts.items()}
 
 
-def run_blocks(blocks, path, names=()):
-    """The names after the last block; skips where a package is absent that the blocks need."""
+def shown(path):
+    """What the page says that its code prints: the text right below a block."""
+    return "".join(re.findall(r"```python\n(?:(?!```).)*```\n\n```text\n(.*?)```", path.read_text(), re.DOTALL))
+
+
+def run_blocks(blocks, path, names=None):
+    """The names after the last block, put into `names`; skips where a package is absent that the blocks need."""
     for words, package in NEEDS.items():
         if any(words in block for block in blocks):
             pytest.importorskip(package)
-    names = dict(names)
+    # One dict for all: a test that puts another value there changes what the page's functions see.
+    names = {} if names is None else names
     for block in blocks:
         with jax.numpy_rank_promotion("allow"):  # JAX's default, and the reader's
             exec(compile(block, str(path), "exec"), names)
@@ -36,7 +42,8 @@ def run_code(path, folder, monkeypatch):
     monkeypatch.chdir(folder)
     names, losses = {}, []
     for block in chain.from_iterable(recipes(path).values()):
-        names = run_blocks([block], path, names)
+        run_blocks([block], path, names)
         if "value" in names:
             losses.append(names.pop("value"))
-    return names | {"losses": losses}
+    names["losses"] = losses
+    return names

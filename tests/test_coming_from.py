@@ -80,3 +80,46 @@ def test_norse_lif(names):
     numbers = {"tau_mem_inv": 100.0, "tau_syn_inv": 200.0, "v_th": 0.5}
     layer = norse.LIF(norse.LIFParameters(**{name: torch.tensor(x) for name, x in numbers.items()}))
     agree(names["norse_lif_run"], names["x"], lambda x: layer(x)[0])
+
+
+def test_spyx(names):
+    nn, axn, nnx = pytest.importorskip("spyx.nn"), pytest.importorskip("spyx.axn"), pytest.importorskip("flax.nnx")
+    x, ours = names["x"], names["spyx_run"](names["x"])
+    theirs, _ = nn.run(nn.LIF((names["N"],), 0.9, 0.5, rngs=nnx.Rngs(0)), x / 10)
+    assert theirs.any((0,)).all()
+    np.testing.assert_array_equal(ours["first_spike_time"] + 1, (theirs > 0).argmax(0))
+    assert (np.asarray(ours["s"][:-1]) != theirs[1:]).any()  # from then on the resets differ
+
+    slif, at = names["slif"], jnp.linspace(-1.05, 1.05, 36)  # on no edge
+    for fn, expected in {
+        axn.superspike(9.0): slif.fast_sigmoid(9.0)(at),
+        axn.triangular(2.0): slif.triangular(0.5)(at),
+        axn.arctan(3.0): slif.arctan(6.0)(at) / (3 * np.pi),
+        axn.tanh(3.0): slif.sigmoid(6.0)(at) * 2 / 3,
+        axn.boxcar(1.0, 0.3): slif.boxcar(0.5)(at) * 0.3,
+    }.items():
+        np.testing.assert_allclose(jax.vmap(jax.grad(fn))(at), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", ["FastSigmoid", "ATan"])
+def test_jaxpike(names, surrogate):
+    jaxpike, slif, x = pytest.importorskip("jaxpike"), names["slif"], names["x"]
+    lif = jaxpike.LIF(10.0, threshold=0.5, reset="zero", surrogate=getattr(jaxpike, surrogate)())
+    ours = {"FastSigmoid": slif.fast_sigmoid, "ATan": slif.arctan}[surrogate]
+    names["pike"] = names["pike"].replace(surrogate=ours(detach_reset=False))
+    cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    spikes, vjp = jax.vjp(names["jaxpike_run"], x)
+    expected, expected_vjp = jax.vjp(lambda x: jaxpike.unroll(lif, x)[0], x)
+    assert 0.01 < spikes.mean() < 0.9
+    np.testing.assert_array_equal(spikes, expected)
+    np.testing.assert_allclose(vjp(cotangent)[0], expected_vjp(cotangent)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_slopes_of_jaxpike(names):
+    jaxpike, slif = pytest.importorskip("jaxpike"), names["slif"]
+    at, width = jnp.linspace(-1.05, 1.05, 36), 0.5  # on no edge
+    for theirs, expected in (
+        (jaxpike.Triangular(width), slif.triangular(width)(at) / width),
+        (jaxpike.Boxcar(width), slif.boxcar(width / 2)(at) / width),
+    ):
+        np.testing.assert_allclose(jax.vmap(jax.grad(theirs))(at), expected, rtol=1e-4, atol=1e-6)

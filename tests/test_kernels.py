@@ -72,7 +72,7 @@ def masks(currents, seed=3):
 
 @fused
 def test_all_that_the_scan_gives(mechanism):
-    currents = make_currents()
+    currents = make_currents((11, 3, 11))  # a block, and three steps more
     for valid in (None, masks(currents)):
         assert_like_the_scan(make_params(mechanism), currents, record=("u", *RECORDS), t0=3.0, valid=valid)
 
@@ -110,14 +110,14 @@ def test_gradients_are_those_of_the_scan(name, detach_reset):
     surrogate = SURROGATES[name](detach_reset=detach_reset)
     everything = {"thr_gain": 0.02, "thr_leak": 0.01, "sticky_spikes": True, **UNITS, "resist_m": 1.5}
     params = make_params("plain", 50, surrogate=surrogate, **everything)
-    currents, record = make_currents((19, 3, 50)), ("s", "u", "v", "thr", "j", "spike_count", "first_spike_time")
+    currents, record = make_currents((11, 3, 50)), ("s", "u", "v", "thr", "j", "spike_count", "first_spike_time")
     options = {"record": record, "valid": masks(currents) if name == "arctan" else None}
     actual, expected = (gradients(params, currents, which, **options) for which in ("pallas", "xla"))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected)
 
 
 def test_gradients_of_the_secant_are_those_of_the_scan():
-    params, currents = make_params("sticky", 50), make_currents((19, 2, 50))
+    params, currents = make_params("sticky", 50), make_currents((11, 2, 50))
     actual, expected = (gradients(params, currents, which) for which in ("pallas", "xla"))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
     tangent = weights(currents)

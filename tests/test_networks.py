@@ -19,7 +19,7 @@ def run(tmp_path, monkeypatch):
     head = run_blocks(recipes(PAGE)[None], PAGE)
 
     def run(title):
-        names = run_blocks(recipes(PAGE)[title], PAGE, head)
+        names = run_blocks(recipes(PAGE)[title], PAGE, dict(head))
         changed = [name for name in head if name != "__builtins__" and names[name] is not head[name]]
         assert changed == []  # so that the recipes run in any order
         return names

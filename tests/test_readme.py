@@ -1,23 +1,30 @@
-"""The code of README and of the guides runs as it stands, from top to bottom."""
+"""The code of README and of the guides runs as it stands, from top to bottom, and prints what README shows."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_same
-from pages import ROOT, recipes, run_blocks, run_code
+from pages import ROOT, recipes, run_blocks, run_code, shown
 
 import slif
 
 GUIDES = ROOT / "examples" / "guides.md"
 
 
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="README sets the mesh by a name that this jax lacks")
-def test_readme(tmp_path, monkeypatch):
-    names = run_code(ROOT / "README.md", tmp_path, monkeypatch)
+def test_readme(tmp_path, monkeypatch, capsys):
+    page = ROOT / "README.md"
+    names = run_code(page, tmp_path, monkeypatch)
+    assert capsys.readouterr().out == shown(page) != ""
+    assert names["spikes"].shape == (400, 8, 10)
+    assert names["spikes"].any()
+    assert names["out"]["spike_count"].shape == (6, 8, 100)
+
+
+def test_training(tmp_path, monkeypatch):
+    names = run_code(ROOT / "examples" / "training.md", tmp_path, monkeypatch)
     assert len(names["losses"]) == 2
     assert max(names["losses"]) < jnp.log(10)  # both recipes learn beyond chance
-    assert names["second"]["s"].shape == (200, 8, 100)
 
 
 def test_guides(tmp_path, monkeypatch):
@@ -27,6 +34,12 @@ def test_guides(tmp_path, monkeypatch):
     def simulate(params, currents, state=None, **arguments):
         state = slif.init_state(params, 8) if state is None else state
         return slif.simulate(params, state, currents, dt=dt, **arguments)
+
+    whole, out = simulate(params, currents)
+    assert_same(names["end"], whole)
+    assert_same(np.concatenate([names["first"]["s"], names["second"]["s"]]), out["s"])
+    assert_same(names["sharded_spikes"], out["s"])
+    assert names["counts"].shape == (32, 8, 32)
 
     # Truncated: the sum over windows of the gradients of each, from the state that the ones before left.
     expected, state = 0, None
@@ -69,5 +82,5 @@ def test_a_guide_alone(title, tmp_path, monkeypatch):
 
 def test_coming_from(tmp_path, monkeypatch):
     names = run_code(ROOT / "examples" / "coming_from.md", tmp_path, monkeypatch)
-    for name in ("snntorch_run", "spikingjelly_run", "norse_box_run", "norse_lif_run"):
+    for name in ("snntorch_run", "spikingjelly_run", "norse_box_run", "norse_lif_run", "jaxpike_run"):
         assert 0.01 < names[name](names["x"]).mean() < 0.9

@@ -1,26 +1,26 @@
-"""The tables of README say what the code does."""
+"""The tables of README and of the guides say what the code does."""
 
 import inspect
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FIELDS
+from pages import ROOT
 
 import slif
 from slif.surrogate import kind_of
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
 INPUTS = ("tau_m", "resist_m", "thr", "thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights")
 OUTPUTS = ("u", *FIELDS, "spike_count", "first_spike_time")
 
 
-def table(first):
-    """The rows of the table with this first heading, the headings in front."""
-    lines = README[README.index(f"\n| {first} |") + 1 :].split("\n\n")[0].splitlines()
+def table(first, page="examples/training.md"):
+    """The rows of the page's table with this first heading, the headings in front."""
+    text = (ROOT / page).read_text()
+    lines = text[text.index(f"\n| {first} |") + 1 :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
 
 
@@ -30,7 +30,7 @@ def names(cell):
 
 def test_defaults_of_parameters():
     known = inspect.signature(slif.init_params).parameters
-    rows = {names(field)[0]: default for field, default, *_ in table("field")[1:]}
+    rows = {names(field)[0]: default for field, default, *_ in table("field", "README.md")[1:]}
     assert rows.keys() | {"key", "n_units"} == known.keys() | {"inh_weights"}
     for name in rows.keys() - {"inh_weights", "surrogate", "dtype"}:
         default = known[name].default
@@ -38,9 +38,13 @@ def test_defaults_of_parameters():
     params = slif.init_params(jax.random.key(0), 1, tau_m=1.0, resist_m=1.0, thr=1.0)
     assert rows["surrogate"] == f"`{kind_of(params.surrogate)}()`"
     assert rows["dtype"] == params.thr.dtype
-    for field, _, unit, *_ in table("field")[1:]:
+    for field, _, unit, *_ in table("field", "README.md")[1:]:
         told = slif.describe()["hyperparameters"].get(names(field)[0])
         assert told is None or (told["unit"] or "") == unit, field
+
+
+def test_fields_of_the_state():
+    assert tuple(names(field)[0] for field, *_ in table("field", "examples/guides.md")[1:]) == FIELDS
 
 
 def test_defaults_of_surrogates():
