@@ -34,7 +34,7 @@ def inputs(mechanism, dtype=jnp.float32, **overrides):
 
 def run(loop, params, state, currents, *, valid=None, record=RECORDS, every=None, dt=DT):
     params, dt, t0 = prepare(params, state.v.ndim, jnp.asarray(dt), jnp.asarray(3.0))
-    valid = None if valid is None else jnp.asarray(valid)
+    valid = None if valid is None else jnp.asarray(valid)[..., None]
     dtype = np.dtype(params.thr.dtype)
     request = Request(dt=dt, t0=t0, valid=valid, record=record, spike_dtype=dtype, checkpoint_every=every)
     return loop(params, state, currents, request)
