@@ -46,9 +46,10 @@ def gpu() -> bool:
 def unfit() -> str | None:
     """Why the kernels do not run on the default device, a GPU; None where they do."""
     device = _device()
-    least = LEAST_CAPABILITY if jax.__version_info__ >= AMPERE_JAX else (9, 0)
+    ampere = jax.__version_info__ >= AMPERE_JAX
+    least = LEAST_CAPABILITY if ampere else (9, 0)
     wanted = f"NVIDIA's of compute capability {_dotted(least)} or later with jax {jax.__version__}"
-    if least > LEAST_CAPABILITY:
+    if not ampere:
         wanted += f", {_dotted(LEAST_CAPABILITY)} or later from jax {_dotted(AMPERE_JAX)} on"
     version = str(getattr(device, "compute_capability", ""))
     if "NVIDIA" not in device.device_kind.upper() or not version.replace(".", "").isdigit():

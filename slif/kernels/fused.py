@@ -48,7 +48,7 @@ def run(
         dt=request.dt.reshape(ones),
         t0=request.t0.reshape(ones),
     )
-    outs = (_differentiable if params.surrogate.wrt == "voltage" else _forward)(plan, by_name, inputs)
+    outs: dict[str, Any] = (_differentiable if params.surrogate.wrt == "voltage" else _forward)(plan, by_name, inputs)
     final = dict(outs["final"])
     state = SLIFState(**{name: final.pop(name) for name in FIELDS})
     out = final | outs["record"]

@@ -113,7 +113,8 @@ def step(
     params: SLIFParams, fields: dict[str, Array], j: Array, t: Array, dt: Array, live: Array | None
 ) -> tuple[SLIFState, dict[str, Array]]:
     """One step, from the fields that go round the loop: the state after it, and what it shows beside its fields."""
-    old = SLIFState(**dict.fromkeys(FIELDS) | fields)
+    unread: dict[str, Any] = dict.fromkeys(FIELDS)
+    old = SLIFState(**unread | fields)
     new, u, s = turn(params, old, j, t, dt, live)
     return new, {"u": u, "s": s}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -46,7 +47,7 @@ def spread(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
 
 def units(rank: int, args: Any) -> tuple[int, ...]:
     """The shape of the units."""
-    return jnp.broadcast_shapes(*(x.shape[x.ndim - rank :] for x in jax.tree.leaves(args)))
+    return np.broadcast_shapes(*(x.shape[x.ndim - rank :] for x in jax.tree.leaves(args)))
 
 
 def _over_devices(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
