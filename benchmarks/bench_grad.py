@@ -4,8 +4,9 @@
 
 Forward returns the raster; forward + backward that and the gradient of the currents [T, B, N] for a given cotangent of
 the raster. slif, the plain scan and other packages of JAX are also compiled to return the final state beside these (of
-the plain scan, its voltage); ratios are within rows that return the same. What the packages run is told in peers.py,
-those of PyTorch in a process of their own. Two further tables show what the secant's gradient costs over the forward pass, and the memory that `checkpoint_every` saves.
+the plain scan, its voltage); ratios are within rows that return the same. What the packages run is told in peers.py;
+those of PyTorch have a process of their own. Two further tables show what the secant's gradient costs over the forward
+pass, and the memory that `checkpoint_every` saves.
 """
 
 import argparse

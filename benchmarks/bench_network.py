@@ -2,11 +2,11 @@
 
     python benchmarks/bench_network.py [--json FILE] [--repeats R] [--shapes S ...] [--peers NAME ...] [--quick]
 
-A network takes x [T, B, D], uniform in [0, 1), and gives the spikes of its last layer; forward + backward also gives the
-gradient of every matrix, for a given cotangent of these spikes. All networks have the same matrices and no bias. As no
-layer is recurrent, each takes the products of all steps at once and then runs its cells over time; what the cells are
-is told in peers.py. "slif" trains with `arctan()`, as the others do, "slif secant" with its default. "products alone"
-is the network without cells, the floor for any package on that side.
+A network takes x [T, B, D], uniform in [0, 1), and gives the spikes of its last layer; forward + backward also gives
+the gradient of every matrix, for a given cotangent of these spikes. All networks have the same matrices and no bias. As
+no layer is recurrent, each takes the products of all steps at once and then runs its cells over time; what the cells
+are is told in peers.py. "slif" trains with `arctan()`, as the others do, "slif secant" with its default. "products
+alone" is the network without cells, the floor for any package on that side.
 
 Every entry has a process of its own. They run in turn, repeat after repeat, and the median is told. "MB" is by how much
 the resident set of the process grew at most during a run, its results included and its inputs not; "-" where the system
@@ -16,6 +16,7 @@ does not tell. Spikes and gradients are compared first.
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import statistics
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def make_input(shape: Shape) -> np.ndarray:
 def make_matrices(widths: tuple[int, ...]) -> list[np.ndarray]:
     """Drawn so that in each layer a unit fires about once in ten steps."""
     rng, matrices = np.random.default_rng(1), []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         mean = (2 if not matrices else 10) / before  # of the input half is on, of spikes a tenth
         matrices.append((mean + rng.standard_normal((before, after), np.float32) / before**0.5).astype(np.float32))
     return matrices
@@ -123,7 +124,7 @@ def torch_network(name: str, shape: Shape) -> Callable:
 
 
 def check(networks: dict[str, Apart]) -> None:
-    """Spikes of the same equations are the same, and gradients are near, up to ties and the order of sums in products."""
+    """Spikes and gradients of the same equations agree, up to ties and the order of sums in products."""
     expected = networks["slif"].result("both")
     for name, network in networks.items():
         if name not in (*SURROGATES, *peers.SAME_SPIKES):
@@ -141,14 +142,16 @@ def check(networks: dict[str, Apart]) -> None:
 def compare(shape: Shape, repeats: int, names: list[str]) -> list[dict[str, Any]]:
     """A row for each entry."""
     floors = [name for name, side in FLOORS.items() if side == "jax" or set(names) & set(peers.TORCH)]
-    networks = {name: Apart(make_network, name, shape) for name in (*SURROGATES, *names, *floors)}
+    rows = {}
+    for name in (*SURROGATES, *names, *floors):
+        network = Apart(make_network, name, shape)
+        peaks = {kind: network.peak(kind) for kind in KINDS}
+        network.close()  # what measures memory would slow the clock
+        rows[name] = {"shape": shape, "name": name}
+        rows[name] |= {f"{kind}_MB": None if peak is None else peak / 1e6 for kind, peak in peaks.items()}
+    networks = {name: Apart(make_network, name, shape) for name in rows}
     check(networks)
-    rows = {name: {"shape": shape, "name": name} for name in networks}
     for kind in KINDS:
-        for name, network in networks.items():
-            network(kind)
-            peak = network.peak(kind)
-            rows[name][f"{kind}_MB"] = None if peak is None else peak / 1e6
         taken = {name: [] for name in networks}
         for _ in range(repeats):
             for name, network in networks.items():
@@ -175,7 +178,8 @@ def main() -> None:
     shapes = list(QUICK.values()) if options.quick else [SHAPES[name] for name in options.shapes]
 
     names = peers.installed(options.peers)
-    print(f"{'T, B':<10}{'widths':<18}{'':<25}{'forward':>12}{'x slif':>8}{'MB':>8}{'+ backward':>14}{'x slif':>8}{'MB':>8}")
+    head = (f"{kind:>{room}}{'x slif':>8}{'MB':>8}" for kind, room in (("forward", 12), ("+ backward", 14)))
+    print(f"{'T, B':<10}{'widths':<18}{'':<25}", *head, sep="")
     rows = []
     for shape in shapes:
         for row in compare(shape, options.repeats, names):

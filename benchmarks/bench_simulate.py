@@ -9,8 +9,8 @@ return the spikes and the final state. "x slif" and "x bool" are against slif re
 cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
 Other packages run their nearest cell (see peers.py), which for all but ngc-learn has no refractory period, and are set
 against the first two mechanisms. Those of JAX are compiled for either case, those of PyTorch are the same in both and
-run in a process of their own. "of copy" is the share of the bandwidth of one elementwise pass over the currents that the spikes
-and currents of a run make up.
+have a process of their own. "of copy" is the share of the bandwidth of one elementwise pass over the currents that the
+spikes and currents of a run make up.
 
 `--growth` times it, final state included, against T, B and N over three decades each.
 """
@@ -203,8 +203,9 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     size = (2 + 3 * len(shapes), 1 + 0.5 * len(names))
     figure, panels = plt.subplots(2, len(shapes), figsize=size, layout="constrained", sharex=True, sharey=True)
     for panel, (returns, shape) in zip(panels.flat, itertools.product(RETURNS, shapes), strict=True):
-        speed = {row["name"]: row["G_updates_s"] for row in rows if (row["returns"], row["shape"]) == (returns, shape)}
-        bars = panel.barh([peers.TITLES.get(name, name) for name in names], [speed[name] for name in names], color=[colour(name) for name in names])
+        own = [row for row in rows if (row["returns"], row["shape"]) == (returns, shape)]
+        titles = [peers.TITLES.get(row["name"], row["name"]) for row in own]
+        bars = panel.barh(titles, [row["G_updates_s"] for row in own], color=[colour(row["name"]) for row in own])
         panel.bar_label(bars, fmt="%.2g", fontsize=8, padding=2)
         panel.set_title(f"T, B, N = {', '.join(map(str, shape))}; {returns}", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
@@ -214,7 +215,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     panels.flat[0].invert_yaxis()
     for panel in panels[-1]:
         panel.set_xlabel("10^9 updates a second (log)")
-    figure.suptitle("Blue, grey and ngc-learn with a refractory period, which the other packages do not have", fontsize=9)
+    figure.suptitle("Blue, grey and ngc-learn with a refractory period, the others have none", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

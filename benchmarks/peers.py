@@ -27,7 +27,13 @@ import numpy as np
 
 LEAK = cases.DT / cases.TAU_M
 PACKAGES = {"sparx": "sparxml, Python 3.12 or later"}  # where the name to install differs
-TITLES = {"ngclearn": "ngc-learn", "spyx": "Spyx", "snntorch": "snnTorch", "spikingjelly": "SpikingJelly", "norse": "Norse"}
+TITLES = {
+    "ngclearn": "ngc-learn",
+    "spyx": "Spyx",
+    "snntorch": "snnTorch",
+    "spikingjelly": "SpikingJelly",
+    "norse": "Norse",
+}
 SAME_SPIKES = ("snntorch", "spikingjelly", "jaxpike", "sparx")
 THROUGH_RESET = ("snntorch", "jaxpike")  # of these, those whose gradient flows through the reset as well
 
@@ -81,9 +87,20 @@ def spikingjelly_raster() -> Callable:
 
 
 def norse_raster() -> Callable:
+    """Its cell in a loop, since the backward pass of its own loop makes an array of the whole sequence at each step."""
     torch, norse = importlib.import_module("torch"), importlib.import_module("norse.torch")
-    layer = norse.LIF(norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR)))
-    return lambda currents: layer(currents * 0.2)[0]
+    cell = norse.LIFCell(
+        norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR))
+    )
+
+    def run(currents):
+        state, raster = None, []
+        for j in currents * 0.2:
+            s, state = cell(j, state)
+            raster.append(s)
+        return torch.stack(raster)
+
+    return run
 
 
 TORCH = {"snntorch": snntorch_raster, "spikingjelly": spikingjelly_raster, "norse": norse_raster}
