@@ -17,6 +17,7 @@ the spikes in and the gradient out; of a layer those of its cells alone. What do
 import argparse
 import functools
 import importlib
+import inspect
 import json
 import math
 import os
@@ -43,7 +44,7 @@ DTYPES = (("float32", "float32"), ("float32", "bool"), ("bfloat16", "float32"), 
 STICKY = {"refract_time": 2.0, "sticky_spikes": True}
 TABLES = ("kernels", "neuron", "layer")
 KERNELS = {"forward": 1, "secant": 1, "voltage": 2}  # in a program
-BACKENDS = ("triton", "cupy")  # of SpikingJelly
+BACKENDS = ("triton", "cuda", "cupy")  # of SpikingJelly: 2.0 has the first two, earlier ones the first and the last
 HALF_STEPS, HALF_SHAPE = tuple(range(4, 33, 4)), (64, 65536)
 FULL_STEPS, FULL_SHAPE = (8, 16, 32, 64, 128), (2**20,)
 LAYER_STEPS, LAYER_BATCH, LAYER_WIDTHS = 500, 16, (4096, 16384)
@@ -225,17 +226,22 @@ def copy_bandwidth(repeats: int, size: int = 2**28) -> float:
 
 
 def spikingjelly(backend: str, program: Program) -> Callable:
-    """A run of its multi-step LIF node with that backend, or, given currents, its spikes; no refractory period."""
+    """A run of its multi-step LIF node with that backend, or, given currents, its spikes; no refractory period.
+
+    For a process of its own: from 2.0 on the variable is read once, and until then the argument is what counts.
+    """
+    os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = backend
     torch = importlib.import_module("torch")
     neuron = importlib.import_module("spikingjelly.activation_based.neuron")
     surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
+    chosen = {"backend": backend} if "backend" in inspect.signature(neuron.LIFNode).parameters else {}
     node = neuron.LIFNode(
         tau=cases.TAU_M / cases.DT,
         v_threshold=cases.THR,
         surrogate_function=surrogate.ATan(),
         detach_reset=True,
         step_mode="m",
-        backend=backend,
+        **chosen,
     ).cuda()
     training, width = program.kind != "forward", program.shape[-1]
     x = 2 * torch.rand(program.shape, device="cuda").to(getattr(torch, program.dtypes[0]))
