@@ -1,41 +1,167 @@
-"""The fused kernels on an NVIDIA GPU: updates and bytes a second, beside a copy, the scan and SpikingJelly's kernels.
+"""The fused kernels on an NVIDIA GPU, beside a copy, the scan and other packages, on the shapes of their own figures.
 
-    python benchmarks/bench_gpu.py [--json FILE] [--units N ...] [--steps T ...] [--repeats R]
+    python benchmarks/bench_gpu.py [--json FILE] [--tables NAME ...] [--units N ...] [--steps T ...] [--repeats R]
+    python benchmarks/bench_gpu.py --mnist mnist.npz       as well: 30 epochs of examples/bfa_snn.py
+    python benchmarks/bench_gpu.py --lower                 no GPU: lowers each program of slif for CUDA, and stops
+
+Three tables: "kernels", the cell with a refractory period and sticky spikes, by units and steps; "neuron", the plain
+cell on [T, 64, 65536] in 16 bits and [T, 2^20] in float32; "layer", Linear(N, N) and the plain cell on [500, 16, N],
+its product in float32 throughout. Rows of SpikingJelly, spyx, jaxpike and sparx stand below, where they are installed,
+and what others published, with their cards: such a figure was not measured here.
 
 Checks against the scan come first, and run on any machine; what follows needs a GPU. An update is one step of one unit.
 The bytes are those that have to move: currents in and spikes out, and for a gradient also currents and the cotangent of
-the spikes in and the gradient out. Arrays of more than a quarter of the GPU's memory are left out.
+the spikes in and the gradient out; of a layer those of its cells alone. What does not fit the memory is left out.
 """
 
 import argparse
 import functools
 import importlib
+import inspect
 import json
+import math
+import os
+import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that PyTorch finds memory too
 
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
+from apart import Apart
 
 import slif
 
 DTYPES = (("float32", "float32"), ("float32", "bool"), ("bfloat16", "float32"), ("bfloat16", "bool"))
 STICKY = {"refract_time": 2.0, "sticky_spikes": True}
+TABLES = ("kernels", "neuron", "layer")
+KERNELS = {"forward": 1, "secant": 1, "voltage": 2}  # in a program
+BACKENDS = ("triton", "cuda", "cupy")  # of SpikingJelly: 2.0 has the first two, earlier ones the first and the last
+HALF_STEPS, HALF_SHAPE = tuple(range(4, 33, 4)), (64, 65536)
+FULL_STEPS, FULL_SHAPE = (8, 16, 32, 64, 128), (2**20,)
+LAYER_STEPS, LAYER_BATCH, LAYER_WIDTHS = 500, 16, (4096, 16384)
+MNIST_SECONDS = "1124.6 s on an RTX 2070, published for the reference"
+
+# In ms, by kind and shape.
+PUBLISHED: dict[tuple[str, tuple[int, ...]], list[str]] = {}
 
 
-def raster(implementation: str, spikes: Any, params: slif.SLIFParams, x: jax.Array) -> tuple[slif.SLIFState, jax.Array]:
-    state = slif.init_state(params)
-    options = {"dt": cases.DT, "spike_dtype": spikes, "implementation": implementation}
-    state, out = slif.simulate(params, state, x, **options)
-    return state, out["s"]
+def publish(kind: str, who: str, shape: tuple[int, ...], figures: dict[int, float]) -> None:
+    for n_steps, ms in figures.items():
+        PUBLISHED.setdefault((kind, (n_steps, *shape)), []).append(f"{who}: {ms} ms")
 
 
-def both(implementation: str, spikes: Any, params: slif.SLIFParams, x: jax.Array, bar: jax.Array) -> tuple:
-    s, pull = jax.vjp(lambda x: raster(implementation, spikes, params, x)[1], x)
-    return s, pull(bar)[0]
+TRITON = (0.771, 0.857, 1.289, 1.705, 2.116, 2.533, 2.941, 3.366)
+publish("voltage", "SpikingJelly 2.0, Triton, fp16, RTX 4090", HALF_SHAPE, dict(zip(HALF_STEPS, TRITON, strict=True)))
+publish("voltage", "SpikingJelly 2.0, CuPy, fp16, RTX 4090", HALF_SHAPE, {4: 0.668, 8: 1.338, 32: 5.189})
+publish("voltage", "SpikingJelly 2.0, torch, fp16, RTX 4090", HALF_SHAPE, {4: 0.993, 32: 41.9})
+CUPY = {"forward": (0.817, 1.60, 3.26, 6.83, 14.05), "voltage": (1.65, 3.21, 6.42, 13.1, 26.7)}
+for kind, figures in CUPY.items():
+    publish(kind, "SpikingJelly, CuPy, fp32, RTX 2080 Ti", FULL_SHAPE, dict(zip(FULL_STEPS, figures, strict=True)))
+LAYERS = {  # seconds forward, and backward alone
+    "SpikingJelly, CuPy": ((0.0090, 0.0082), (0.0226, 0.2330)),
+    "Norse": ((0.210, 0.376), (0.508, 1.457)),
+    "snnTorch": ((0.220, 0.184), (0.890, 2.620)),
+}
+for who, pairs in LAYERS.items():
+    for width, (forward, backward) in zip(LAYER_WIDTHS, pairs, strict=True):
+        shape = (LAYER_BATCH, width)
+        publish("forward", f"{who}, fp32, RTX 3090", shape, {LAYER_STEPS: round(1e3 * forward, 1)})
+        publish("voltage", f"{who}, fp32, RTX 3090", shape, {LAYER_STEPS: round(1e3 * (forward + backward), 1)})
+
+
+class Program(NamedTuple):
+    """A line of a table: what slif runs, and the shapes of its arguments."""
+
+    table: str
+    kind: str  # "forward", or the surrogate that the gradient goes through
+    shape: tuple[int, ...]  # of the currents
+    dtypes: tuple[str, str]  # of currents and spikes
+
+    def function(self, implementation: str) -> Callable:
+        """Of the currents, or a layer's matrix and input, and for a gradient a cotangent of the spikes."""
+        surrogate = slif.secant() if self.kind == "secant" else slif.arctan()
+        mechanism = STICKY if self.table == "kernels" else {}
+        params = cases.make_params(self.shape[-1], surrogate=surrogate, **mechanism)
+        spikes = functools.partial(raster, implementation, jnp.dtype(self.dtypes[1]), params)
+        return with_gradient(of_layer(spikes) if self.table == "layer" else spikes, self.kind != "forward")
+
+    @property
+    def arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        currents, spikes = (jax.ShapeDtypeStruct(self.shape, dtype) for dtype in self.dtypes)
+        matrix = jax.ShapeDtypeStruct((self.shape[-1],) * 2, jnp.float32)
+        inputs = (matrix, currents) if self.table == "layer" else (currents,)
+        return inputs if self.kind == "forward" else (*inputs, spikes)
+
+    @property
+    def size(self) -> int:
+        """Bytes of arguments and results, which are as large."""
+        return 2 * sum(math.prod(x.shape) * x.dtype.itemsize for x in self.arguments)
+
+
+def raster(implementation: str, spikes: Any, params: slif.SLIFParams, x: jax.Array) -> jax.Array:
+    state = slif.init_state(params, x.shape[1:-1])
+    return slif.simulate(params, state, x, dt=cases.DT, spike_dtype=spikes, implementation=implementation)[1]["s"]
+
+
+def of_layer(spikes: Callable) -> Callable:
+    return lambda matrix, x: spikes(jnp.matmul(x, matrix, precision="highest"))
+
+
+def with_gradient(function: Callable, training: bool) -> Callable:
+    """The function, or one of its arguments and a cotangent that gives the gradient of the first one too."""
+    if not training:
+        return function
+
+    def both(x, *others):
+        *rest, bar = others
+        s, pull = jax.vjp(lambda x: function(x, *rest), x)
+        return s, pull(bar.astype(s.dtype))[0]
+
+    return both
+
+
+def programs(tables: list[str], units: list[int], steps: list[int]) -> Iterator[Program]:
+    trained = [dtypes for dtypes in DTYPES if "bool" not in dtypes]
+    if "kernels" in tables:
+        for n_steps in steps:
+            for n_units in units:
+                plan = [("forward", dtypes) for dtypes in DTYPES]
+                plan += [(kind, dtypes) for kind in ("secant", "voltage") for dtypes in trained]
+                yield from (Program("kernels", kind, (n_steps, n_units), dtypes) for kind, dtypes in plan)
+    if "neuron" in tables:
+        for dtype, of_steps, shape in (
+            ("float16", HALF_STEPS, HALF_SHAPE),
+            ("bfloat16", HALF_STEPS, HALF_SHAPE),
+            ("float32", FULL_STEPS, FULL_SHAPE),
+        ):
+            for n_steps in of_steps:
+                for kind in ("forward", "voltage"):
+                    yield Program("neuron", kind, (n_steps, *shape), (dtype, dtype))
+    if "layer" in tables:
+        for width in LAYER_WIDTHS:
+            for kind in ("forward", "voltage"):
+                yield Program("layer", kind, (LAYER_STEPS, LAYER_BATCH, width), ("float32", "float32"))
+
+
+def lower(chosen: list[Program]) -> None:
+    """Lowers each for CUDA, with kernels and as a scan; fails where another number of kernels comes out."""
+    for program in chosen:
+        for which in ("pallas", "xla"):
+            expected = KERNELS[program.kind] if which == "pallas" else 0
+            traced = jax.jit(program.function(which)).trace(*program.arguments)
+            found = traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2")
+            print(f"{title(program)}{which}: {found} kernels", flush=True)
+            if found != expected:
+                sys.exit(f"{program} should have {expected} kernels as {which}")
 
 
 def check(n_units: int = 1000, n_steps: int = 50) -> None:
@@ -43,38 +169,47 @@ def check(n_units: int = 1000, n_steps: int = 50) -> None:
     x = jnp.asarray(cases.make_currents((n_steps, n_units)))
     for surrogate in (slif.secant(), slif.arctan()):
         params = cases.make_params(n_units, surrogate=surrogate, thr_gain=0.01, **STICKY)
-        results = [jax.jit(functools.partial(both, which, jnp.float32))(params, x, x) for which in ("pallas", "xla")]
+        functions = [functools.partial(raster, which, jnp.float32, params) for which in ("pallas", "xla")]
+        results = [jax.jit(with_gradient(function, True))(x, x) for function in functions]
         (s, gradient), (expected_s, expected) = jax.tree.map(np.asarray, results)
         assert np.mean(s == expected_s) > 0.999, "the spikes differ"
         same = (s == expected_s).all(0)
         np.testing.assert_allclose(gradient[:, same], expected[:, same], rtol=1e-3, atol=1e-4)
 
 
-def row(
-    kind: str, n_steps: int, n_units: int, dtypes: tuple[str, str], bandwidth: float, repeats: int
-) -> dict[str, Any]:
-    """One line of the table; `bandwidth` is that of a copy, in bytes a second."""
-    x = jnp.asarray(cases.make_currents((n_steps, n_units)), dtypes[0])
-    spikes, training = jnp.dtype(dtypes[1]), kind != "forward"
-    surrogate = slif.secant() if kind == "secant" else slif.arctan()
-    params = cases.make_params(n_units, surrogate=surrogate, **STICKY)
-    runs, compiling = {}, {}
+def check_peer(name: str, spikes: Callable[[np.ndarray], Any]) -> None:
+    """Its spikes are those of the scan, at a small shape, where its equations are."""
+    x = cases.make_currents((50, 4, 1000))
+    expected = raster("xla", jnp.float32, cases.make_params(1000), jnp.asarray(x))
+    same = np.mean(np.asarray(spikes(x)) == np.asarray(expected))
+    if name in peers.SAME_SPIKES:
+        assert same > 0.999, f"only {same:.4%} of the spikes agree"
+
+
+def random_arguments(program: Program) -> list[jax.Array]:
+    """Currents, or inputs, up to 2; a matrix that keeps them there; a cotangent."""
+    keys = jax.random.split(jax.random.key(0), len(program.arguments))
+    scale = {True: 2 / program.shape[-1], False: 2.0}
+    return [
+        (scale[x.ndim == 2 and program.table == "layer"] * jax.random.uniform(key, x.shape)).astype(x.dtype)
+        for key, x in zip(keys, program.arguments, strict=True)
+    ]
+
+
+def row(program: Program, bandwidth: float, repeats: int) -> dict[str, Any]:
+    """One line of a table; `bandwidth` is that of a copy, in bytes a second."""
+    arguments, runs, compiling = random_arguments(program), {}, {}
     for which in ("pallas", "xla"):
-        function = functools.partial(both if training else raster, which, spikes)
-        arguments = (params, x, x.astype(spikes)) if training else (params, x)
-        compiled, compiling[which] = cases.compile_seconds(function, *arguments)
+        compiled, compiling[which] = cases.compile_seconds(program.function(which), *arguments)
         runs[which] = functools.partial(compiled, *arguments)
     seconds = cases.median_seconds(runs, repeats, budget=5.0)
-    moved = x.dtype.itemsize + spikes.itemsize
-    moved += (2 * x.dtype.itemsize + spikes.itemsize) if training else 0
-    updates = n_steps * n_units / seconds["pallas"]
+    currents, spikes = (jnp.dtype(dtype).itemsize for dtype in program.dtypes)
+    moved = currents + spikes + (2 * currents + spikes if program.kind != "forward" else 0)
+    updates = math.prod(program.shape) / seconds["pallas"]
     return {
-        "kind": kind,
-        "T": n_steps,
-        "N": n_units,
-        "dtypes": dtypes,
+        **program._asdict(),
         "ms": 1e3 * seconds["pallas"],
-        "us_a_step": 1e6 * seconds["pallas"] / n_steps,
+        "us_a_step": 1e6 * seconds["pallas"] / program.shape[0],
         "G_updates_s": updates / 1e9,
         "GB_s": updates * moved / 1e9,
         "of_copy": updates * moved / bandwidth,
@@ -90,93 +225,176 @@ def copy_bandwidth(repeats: int, size: int = 2**28) -> float:
     return 8 * size / cases.median_seconds({"copy": functools.partial(compiled, x)}, repeats)["copy"]
 
 
-def spikingjelly(backend: str, n_steps: int, n_units: int, training: bool, repeats: int) -> float:
-    """Seconds of its multi-step LIF node with that backend, same shape; spikes float32, no refractory period."""
+def spikingjelly(backend: str, program: Program) -> Callable:
+    """A run of its multi-step LIF node with that backend, or, given currents, its spikes; no refractory period.
+
+    For a process of its own: from 2.0 on the variable is read once, and until then the argument is what counts.
+    """
+    os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = backend
     torch = importlib.import_module("torch")
     neuron = importlib.import_module("spikingjelly.activation_based.neuron")
     surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
+    chosen = {"backend": backend} if "backend" in inspect.signature(neuron.LIFNode).parameters else {}
     node = neuron.LIFNode(
         tau=cases.TAU_M / cases.DT,
         v_threshold=cases.THR,
         surrogate_function=surrogate.ATan(),
         detach_reset=True,
         step_mode="m",
-        backend=backend,
+        **chosen,
     ).cuda()
-    x = torch.from_numpy(cases.make_currents((n_steps, n_units))).cuda().requires_grad_(training)
+    training, width = program.kind != "forward", program.shape[-1]
+    x = 2 * torch.rand(program.shape, device="cuda").to(getattr(torch, program.dtypes[0]))
+    bar = torch.rand_like(x) if training else None
+    linear = torch.nn.Linear(width, width, bias=False, device="cuda") if program.table == "layer" else None
+    if linear is None:
+        x.requires_grad_(training)
+    else:
+        torch.nn.init.uniform_(linear.weight, 0, 2 / width)
 
-    def run() -> None:
+    def run(currents: np.ndarray | None = None) -> Any:
         node.reset()
+        if currents is not None:
+            with torch.no_grad():
+                return node(torch.from_numpy(currents).cuda()).cpu()
         with torch.set_grad_enabled(training):
-            s = node(x)
+            s = node(x if linear is None else linear(x))
         if training:
-            x.grad = None
-            s.backward(x.detach())
+            (x if linear is None else linear.weight).grad = None
+            s.backward(bar)
         torch.cuda.synchronize()
 
-    return cases.median_seconds({"run": run}, repeats, budget=5.0)["run"]
+    return run
+
+
+def spikingjelly_seconds(backend: str, program: Program, repeats: int) -> float:
+    node = Apart(spikingjelly, backend, program)
+    try:
+        check_peer("spikingjelly", node.result)
+        return cases.median_seconds({"run": node}, repeats, budget=5.0)["run"]
+    finally:
+        node.close()
+
+
+def jax_seconds(name: str, program: Program, repeats: int) -> float:
+    def spikes_of(n_units: int) -> Callable:
+        # Of steps to a turn of its loop jaxpike has 8 by default, for GPUs.
+        run = peers.jaxpike_run(n_units, None) if name == "jaxpike" else peers.JAX[name](n_units)
+        return lambda x: run(x)[0]
+
+    check_peer(name, lambda x: jax.jit(spikes_of(x.shape[-1]))(jnp.asarray(x)))
+    spikes = spikes_of(program.shape[-1])
+    function = with_gradient(of_layer(spikes) if program.table == "layer" else spikes, program.kind != "forward")
+    arguments = random_arguments(program)
+    if program.table != "layer" and len(program.shape) == 2:  # these take a batch
+        arguments = [x[:, None] for x in arguments]
+    compiled, _ = cases.compile_seconds(function, *arguments)
+    return cases.median_seconds({"run": functools.partial(compiled, *arguments)}, repeats, budget=5.0)["run"]
+
+
+def others(program: Program, names: list[str], repeats: int) -> dict[str, float | str]:
+    """Seconds of each, or why there are none."""
+    found = {}
+    for name in names:
+        if name == "spikingjelly":
+            for backend in BACKENDS:
+                found[f"SpikingJelly, {backend}"] = attempt(
+                    functools.partial(spikingjelly_seconds, backend, program, repeats)
+                )
+        elif program.table != "kernels":
+            found[name] = attempt(functools.partial(jax_seconds, name, program, repeats))
+    return found
 
 
 def attempt(run: Callable[[], float]) -> float | str:
     try:
         return run()
-    except Exception as error:  # a peer that is absent or fails is a line of the table, not the end of it
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:60] if str(error) else ''}"
+    except Exception as error:  # a peer that fails is a line of the table, not the end of it
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[-1][:100]}"
+
+
+def mnist(data: str, epochs: int = 30) -> float:
+    """Seconds of examples/bfa_snn.py as it stands, from start to end."""
+    script = Path(__file__).parents[1] / "examples" / "bfa_snn.py"
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, script, "--data", data, "--epochs", str(epochs), "--out", out], check=True)
+        return time.perf_counter() - start
+
+
+def title(program: Program) -> str:
+    shape = ", ".join(map(str, program.shape))
+    return f"{program.table:<9}{program.kind:<9}[{shape + ']':<18}{program.dtypes[0]:<9}{program.dtypes[1]:<9}"
+
+
+def print_row(r: dict[str, Any]) -> None:
+    print(
+        f"{title(Program(*(r[name] for name in Program._fields)))}{r['ms']:>9.3f}{r['us_a_step']:>9.2f}"
+        f"{r['G_updates_s']:>9.1f}{r['GB_s']:>7.0f}{r['of_copy']:>9.2f}{r['over_scan']:>11.1f}{r['compile_s']:>8.1f}s",
+        flush=True,
+    )
+
+
+def run(chosen: list[Program], names: list[str], repeats: int, memory: int, bandwidth: float) -> list[dict[str, Any]]:
+    rows = []
+    head = f"{'ms':>9}{'us/step':>9}{'G upd/s':>9}{'GB/s':>7}{'of copy':>9}{'over scan':>11}{'compile':>9}"
+    print(f"{'':<55}{head}")
+    for program in chosen:
+        if program.size > 0.8 * memory:
+            print(f"{title(program)}  left out: too large for this GPU")
+            continue
+        r = row(program, bandwidth, repeats)
+        print_row(r)
+        float32 = program.dtypes == DTYPES[0] and program.kind != "secant"
+        beside = others(program, names, repeats) if program.table != "kernels" or float32 else {}
+        for name, seconds in beside.items():
+            told = f"{1e3 * seconds:.3f} ms, {1e3 * seconds / r['ms']:.1f} x" if isinstance(seconds, float) else seconds
+            print(f"{'':<18}{name}: {told}", flush=True)
+        published = PUBLISHED.get((program.kind, program.shape), []) if program.dtypes[0] != "bfloat16" else []
+        for line in published:
+            print(f"{'':<18}published, {line}")
+        rows.append(r | {"others": beside, "published": published})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--units", type=int, nargs="+", default=[2**14, 2**18, 2**20, 2**22])
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--units", type=int, nargs="+", default=[2**14, 2**18, 2**20, 2**22], help="of kernels")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="of kernels")
     parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
+    everyone = ["spikingjelly", *peers.JAX]
+    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
+    parser.add_argument("--mnist", metavar="FILE", help="run 30 epochs of examples/bfa_snn.py on this too")
+    parser.add_argument("--lower", action="store_true", help="lower the programs for CUDA, on any machine, and stop")
     options = parser.parse_args()
+    chosen = list(programs(options.tables, options.units, options.steps))
+    if options.lower:
+        return lower(chosen)
 
     check()
     print("The kernels' spikes and gradients are the scan's.")
     device = jax.devices()[0]
     if device.platform != "gpu":
-        sys.exit(f"The timings need an NVIDIA GPU of compute capability 9.0 or later; this is {device.device_kind}.")
+        sys.exit(
+            "The timings need an NVIDIA GPU of compute capability 8.0 or later (9.0 with jax 0.10); "
+            f"this is {device.device_kind}."
+        )
 
     memory = (device.memory_stats() or {}).get("bytes_limit", 2**34)
     bandwidth = copy_bandwidth(options.repeats)
-    print(f"{device.device_kind}, jax {jax.__version__}; a copy moves {bandwidth / 1e9:.0f} GB/s\n")
-    print(
-        f"{'':<9}{'T':>6}{'N':>9}  {'currents':<9}{'spikes':<8}{'ms':>9}{'us/step':>9}{'G upd/s':>9}{'GB/s':>7}", end=""
-    )
-    print(f"{'of copy':>9}{'over scan':>11}{'compile':>9}")
-    rows, peers = [], []
-    for n_steps in options.steps:
-        for n_units in options.units:
-            if 4 * n_steps * n_units > memory / 4:
-                print(f"{'':<9}{n_steps:>6}{n_units:>9}  left out: too large for this GPU")
-                continue
-            plan = [("forward", dtypes) for dtypes in DTYPES]
-            plan += [(kind, dtypes) for kind in ("secant", "voltage") for dtypes in DTYPES if "bool" not in dtypes]
-            for kind, dtypes in plan:
-                r = row(kind, n_steps, n_units, dtypes, bandwidth, options.repeats)
-                print(
-                    f"{kind:<9}{n_steps:>6}{n_units:>9}  {dtypes[0]:<9}{dtypes[1]:<8}"
-                    f"{r['ms']:>9.3f}{r['us_a_step']:>9.2f}{r['G_updates_s']:>9.1f}{r['GB_s']:>7.0f}{r['of_copy']:>9.2f}{r['over_scan']:>11.1f}"
-                    f"{r['compile_s']:>8.1f}s",
-                    flush=True,
-                )
-                rows.append(r)
-            for backend in ("triton", "cupy"):
-                for kind in ("forward", "voltage"):
-                    run = functools.partial(spikingjelly, backend, n_steps, n_units, kind != "forward", options.repeats)
-                    seconds = attempt(run)
-                    ours = next(r for r in rows[::-1] if r["kind"] == kind and r["dtypes"] == DTYPES[0])
-                    told = (
-                        seconds
-                        if isinstance(seconds, str)
-                        else f"{1e3 * seconds:.3f} ms, {1e3 * seconds / ours['ms']:.1f} x"
-                    )
-                    print(f"{kind:<9}{n_steps:>6}{n_units:>9}  SpikingJelly, {backend}: {told}", flush=True)
-                    peers.append({"kind": kind, "T": n_steps, "N": n_units, "backend": backend, "result": seconds})
+    print(f"{device.device_kind}, jax {jax.__version__}; a copy moves {bandwidth / 1e9:.0f} GB/s")
+    names = peers.installed(options.peers)
+    rows = run(chosen, names, options.repeats, memory, bandwidth)
+    result = {"device": device.device_kind, "copy_GB_s": bandwidth / 1e9, "rows": rows}
+    if options.mnist:
+        result["mnist_s"] = mnist(options.mnist)
+        print(f"30 epochs of examples/bfa_snn.py: {result['mnist_s']:.1f} s ({MNIST_SECONDS})")
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"device": device.device_kind, "copy_GB_s": bandwidth / 1e9, "rows": rows, "peers": peers}, file)
+            json.dump(result, file)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Forward and forward + backward of one layer of cells: slif, a plain scan in JAX, and PyTorch packages if installed.
+"""Forward and forward + backward of one layer of cells: slif, a plain scan, and other packages that are installed.
 
     python benchmarks/bench_grad.py [--json FILE] [--repeats R] [--shapes S] [--peers NAME ...]
 
 Forward returns the raster; forward + backward that and the gradient of the currents [T, B, N] for a given cotangent of
-the raster. slif and the plain scan are also compiled to return the final state beside these (of the plain scan, its
-voltage); ratios are within rows that return the same. What the packages run is told in peers.py. Two further tables
-show what the secant's gradient costs over the forward pass, and the memory that `checkpoint_every` saves.
+the raster. slif, the plain scan and other packages of JAX are also compiled to return the final state beside these (of
+the plain scan, its voltage); ratios are within rows that return the same. What the packages run is told in peers.py;
+those of PyTorch have a process of their own. Two further tables show what the secant's gradient costs over the forward
+pass, and the memory that `checkpoint_every` saves.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+from apart import Apart
 
 import slif
 
@@ -77,17 +79,23 @@ RUNS: dict[str, dict[str, Callable]] = {
 def check(
     results: dict[tuple[str, str], tuple], params: slif.SLIFParams, currents: np.ndarray, bar: np.ndarray
 ) -> None:
-    """Every raster but Norse's is the same up to ties; gradients are the closed form and the plain scan's."""
+    """Rasters of the same equations are the same up to ties; gradients are the closed form and the plain scan's."""
     i = currents * np.asarray(params.resist_m)
     expected_s, expected = (np.asarray(array) for array in results["slif voltage", cases.SPIKES])
+    state = slif.init_state(params, currents.shape[1])
+    through_reset = params.replace(surrogate=slif.arctan(detach_reset=False))
+    inputs = (through_reset, state, jnp.asarray(currents), jnp.asarray(bar))
+    through = np.asarray(jax.jit(functools.partial(both, slif_raster))(*inputs)[1])
+    own = (*SURROGATES, "textbook scan")
     for (name, returns), (s, gradient, *_) in results.items():
-        same = np.mean(np.asarray(s) == expected_s)
-        if name != "norse":
+        if name in (*own, *peers.SAME_SPIKES):
+            same = np.mean(np.asarray(s) == expected_s)
             assert same > 0.999, f"{name}, {returns}: only {same:.4%} of the spikes agree"
         if name == "slif secant":
             np.testing.assert_allclose(gradient, bar * (i > 0) / np.cosh(0.08 * i), rtol=1e-5)
-        if name in ("slif voltage", "textbook scan", "spikingjelly"):
-            close = np.isclose(np.asarray(gradient), expected, rtol=1e-3, atol=1e-5).mean()
+        if name in ("slif voltage", "textbook scan", *peers.SAME_SPIKES):
+            wanted = through if name in peers.THROUGH_RESET else expected
+            close = np.isclose(np.asarray(gradient), wanted, rtol=1e-3, atol=1e-5).mean()
             assert close > 0.99, f"{name}, {returns}: only {close:.4%} of the gradient agrees"
     voltage = results["textbook scan", cases.BOTH][2]
     for name in SURROGATES:
@@ -96,8 +104,8 @@ def check(
 
 
 def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list[dict[str, Any]]:
-    """A row for each implementation, and for slif and the plain scan for each of what they return, at this shape."""
-    currents, bar = cases.make_currents(shape), np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    """A row for each implementation and, but for those of PyTorch, for each of what they return, at this shape."""
+    currents, bar = cases.make_currents(shape), cases.make_bar(shape)
     x, x_bar = jnp.asarray(currents), jnp.asarray(bar)
     forwards, boths, compiling = {}, {}, {}
     params = cases.make_params(shape[-1])
@@ -111,12 +119,21 @@ def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list
             backward, compiling[key] = cases.compile_seconds(functools.partial(gradient, run), *arguments, x_bar)
             forwards[key] = functools.partial(forward, *arguments)
             boths[key] = functools.partial(backward, *arguments, x_bar)
-    for name in names:
-        forwards[name, cases.SPIKES] = peers.torch_forward(name, currents)
-        boths[name, cases.SPIKES] = peers.torch_both(name, currents, bar)
+        for name in (name for name in names if name in peers.JAX):
+            state_too = returns == cases.BOTH
+            forwards[name, returns] = peers.jax_forward(name, currents, state_too)
+            boths[name, returns] = peers.jax_both(name, currents, bar, state_too)
+    for name in (name for name in names if name in peers.TORCH):
+        forwards[name, cases.SPIKES] = Apart(peers.torch_forward, name, shape)
+        boths[name, cases.SPIKES] = Apart(peers.torch_both, name, shape)
 
-    check({key: run() for key, run in boths.items()}, params, currents, bar)
+    results = {key: run.result() if isinstance(run, Apart) else run() for key, run in boths.items()}
+    check(results, params, currents, bar)
+    del results
     forward, backward = cases.median_seconds(forwards, repeats), cases.median_seconds(boths, repeats)
+    for run in (*forwards.values(), *boths.values()):
+        if isinstance(run, Apart):
+            run.close()
     return [
         {
             "shape": shape,
@@ -172,17 +189,17 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
     parser.add_argument("--shapes", type=int, default=len(cases.SHAPES), help="how many of the shapes to run")
-    parser.add_argument(
-        "--peers", nargs="*", choices=peers.TORCH, default=list(peers.TORCH), help="packages to run beside"
-    )
+    everyone = [*peers.JAX, *peers.TORCH]
+    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
     options = parser.parse_args()
     shapes = cases.SHAPES[: options.shapes]
 
+    names = peers.installed(options.peers)
     print(f"{'T, B, N':<18}{'returns':<16}{'':<14}{'forward':>10}{'+ backward':>12}", end="")
     print(f"{'x secant':>10}{'x voltage':>11}{'compile':>10}")
     rows = []
     for shape in shapes:
-        for row in compare(shape, options.repeats, peers.installed(options.peers)):
+        for row in compare(shape, options.repeats, names):
             compiling = "" if row["compile_s"] is None else f"{row['compile_s']:.2f} s"
             print(
                 f"{', '.join(map(str, shape)):<18}{row['returns']:<16}{row['name']:<14}{row['forward_ms']:>7.2f} ms"

@@ -8,15 +8,16 @@ return the spikes alone, as is usual in training, where XLA drops from the loop 
 return the spikes and the final state. "x slif" and "x bool" are against slif returning the same. The plain scan is the
 cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
 Other packages run their nearest cell (see peers.py), which for all but ngc-learn has no refractory period, and are set
-against the first two mechanisms. The scans of ngc-learn and spyx are compiled for either case, those of PyTorch ones
-are the same in both. "of copy" is the share of the bandwidth of one elementwise pass over the currents that the spikes
-and currents of a run make up.
+against the first two mechanisms. Those of JAX are compiled for either case, those of PyTorch are the same in both and
+have a process of their own. "of copy" is the share of the bandwidth of one elementwise pass over the currents that the
+spikes and currents of a run make up.
 
 `--growth` times it, final state included, against T, B and N over three decades each.
 """
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+from apart import Apart
 
 import slif
 
@@ -37,10 +39,10 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "rho_b": {"rho_b": 0.001},
     "inhibition": {"resist_inh": 0.001},
 }
-JITTED = {"ngclearn": peers.ngclearn_forward, "spyx": peers.spyx_forward}
 COMPARED = ("plain", "refractory")  # with other packages
 LARGEST_MATRIX = 1024  # units; beyond, the matrix of inhibition is all that is timed
 FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
+OWN_COLOURS = {"slif": "#08519c", "slif, bool": "#4292c6", "plain scan": "#7f7f7f"}
 RETURNS = (cases.SPIKES, cases.BOTH)
 Runs = dict[tuple[str, str], Callable[[], Any]]  # by name and what is returned
 
@@ -98,11 +100,11 @@ def check(runs: Runs, mechanism: str) -> None:
     state, s = runs["plain scan", cases.BOTH]()
     expected = np.asarray(s)
     for (name, returns), run in runs.items():
-        result = run()
+        result = run.result() if isinstance(run, Apart) else run()
         if name in OWN:
             own = result[1] if returns == cases.BOTH else result
             np.testing.assert_array_equal(np.asarray(own, np.float32), expected, err_msg=f"{name}, {returns}")
-        same_equations = name == "ngclearn" or (name in ("snntorch", "spikingjelly") and mechanism == "plain")
+        same_equations = name == "ngclearn" or (name in peers.SAME_SPIKES and mechanism == "plain")
         if same_equations:
             same = np.mean(np.asarray(result) == expected)
             assert same > 0.999, f"{name}: only {same:.4%} of the spikes agree"
@@ -125,12 +127,15 @@ def compile_own(inputs: tuple) -> tuple[Runs, dict[tuple[str, str], float]]:
 def peer_runs(currents: np.ndarray, arguments: dict[str, Any], names: list[str]) -> Runs:
     runs: Runs = {}
     for name in names:
-        if name not in JITTED:
-            runs[name, cases.SPIKES] = runs[name, cases.BOTH] = peers.torch_forward(name, currents)
+        if name in peers.TORCH:
+            runs[name, cases.SPIKES] = runs[name, cases.BOTH] = Apart(peers.torch_forward, name, currents.shape)
             continue
         for returns in RETURNS:
-            own = arguments if name == "ngclearn" else {}
-            runs[name, returns] = JITTED[name](currents, state_too=returns == cases.BOTH, **own)
+            state_too = returns == cases.BOTH
+            if name == "ngclearn":
+                runs[name, returns] = peers.ngclearn_forward(currents, state_too, **arguments)
+            else:
+                runs[name, returns] = peers.jax_forward(name, currents, state_too)
     return runs
 
 
@@ -147,6 +152,9 @@ def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: li
     copy, _ = cases.compile_seconds(lambda x: x + 1, inputs[-1])
     runs["copy", ""] = functools.partial(copy, inputs[-1])
     seconds = cases.median_seconds(runs, repeats, budget=8.0)
+    for run in runs.values():
+        if isinstance(run, Apart):
+            run.close()
     size, bandwidth = int(np.prod(shape)), 2 * currents.nbytes / seconds["copy", ""]
     rows = []
     for returns in RETURNS:
@@ -182,37 +190,38 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Updates a second of the refractory cell, by shape: a panel for each of what is returned."""
+    """Updates a second of the refractory cell: a row for each of what is returned, a column for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row["mechanism"] == "refractory"]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, panels = plt.subplots(2, 1, figsize=(9, 7), layout="constrained", sharex=True, sharey=True)
-    for panel, returns in zip(panels, RETURNS, strict=True):
-        draw_bars(panel, [row for row in rows if row["returns"] == returns], shapes)
-        panel.set_title(returns, loc="left", fontsize=10)
-        panel.set_ylabel("G updates/s (log)")
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    of_shape = {row["shape"]: [other["name"] for other in rows if other["shape"] == row["shape"]] for row in rows}
+    shapes = [shape for shape in of_shape if set(of_shape[shape]) == set(names)]  # beside all the others
+    size = (2 + 3 * len(shapes), 1 + 0.5 * len(names))
+    figure, panels = plt.subplots(2, len(shapes), figsize=size, layout="constrained", sharex=True, sharey=True)
+    for panel, (returns, shape) in zip(panels.flat, itertools.product(RETURNS, shapes), strict=True):
+        own = [row for row in rows if (row["returns"], row["shape"]) == (returns, shape)]
+        titles = [peers.TITLES.get(row["name"], row["name"]) for row in own]
+        bars = panel.barh(titles, [row["G_updates_s"] for row in own], color=[colour(row["name"]) for row in own])
+        panel.bar_label(bars, fmt="%.2g", fontsize=8, padding=2)
+        panel.set_title(f"T, B, N = {', '.join(map(str, shape))}; {returns}", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.margins(y=0.15)
-    panels[0].set_yscale("log")
-    panels[1].set_xticks(range(len(shapes)), ["T, B, N = " + ", ".join(map(str, shape)) for shape in shapes])
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, ncols=len(names), fontsize=8, frameon=False, loc="outside upper center")
+    panels.flat[0].set_xscale("log")
+    low, high = panels.flat[0].get_xlim()
+    panels.flat[0].set_xlim(low, 2.5 * high)  # room for the labels
+    panels.flat[0].invert_yaxis()
+    for panel in panels[-1]:
+        panel.set_xlabel("10^9 updates a second (log)")
+    figure.suptitle("Blue, grey and ngc-learn with a refractory period, the others have none", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
-def draw_bars(panel: Any, rows: list[dict[str, Any]], shapes: list[tuple[int, int, int]]) -> None:
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    width = 0.86 / len(names)
-    colours = ["#08519c", "#4292c6", "#969696", "#a63603", "#e6550d", "#fd8d3c", "#fdae6b", "#c49a6c"]
-    for k, name in enumerate(names):
-        speed = {row["shape"]: row["G_updates_s"] for row in rows if row["name"] == name}
-        at = [n + (k - (len(names) - 1) / 2) * width for n, shape in enumerate(shapes) if shape in speed]
-        bars = panel.bar(at, list(speed.values()), width, label=name, color=colours[k % len(colours)])
-        panel.bar_label(bars, fmt="%.2g", fontsize=7, padding=1)
+def colour(name: str) -> str:
+    """Ours in blue, others of JAX in orange, of PyTorch in purple."""
+    return OWN_COLOURS.get(name, "#7a5195" if name in peers.TORCH else "#d9730d")
 
 
 def growth(repeats: int, path: str | None) -> list[dict[str, Any]]:
@@ -282,13 +291,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--png", metavar="FILE", help="draw them there")
     parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
     parser.add_argument("--shapes", type=shape_of, nargs="+", default=list(SHAPES), metavar="T,B,N")
-    everyone = ["ngclearn", "spyx", *peers.TORCH]
+    everyone = ["ngclearn", *peers.JAX, *peers.TORCH]
     parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
     options = parser.parse_args(arguments)
 
     if options.growth:
         rows = growth(options.repeats, options.png)
     else:
+        installed = peers.installed(options.peers)
         print(f"{'T, B, N':<17}{'mechanism':<12}{'returns':<16}{'':<13}{'ms':>9}{'G upd/s':>9}", end="")
         print(f"{'bytes':>7}{'of copy':>9}{'x slif':>9}{'x bool':>8}{'compile s':>10}")
         rows = []
@@ -297,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
             for mechanism in COMPARED if large else MECHANISMS:
                 if mechanism == "inhibition" and shape[-1] > LARGEST_MATRIX:
                     continue
-                names = [] if large else peers.installed(options.peers)
+                names = [] if large else installed
                 for row in compare(shape, mechanism, options.repeats, names):
                     print_row(row)
                     rows.append(row)

@@ -27,6 +27,11 @@ def make_currents(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0, 2, shape).astype(np.float32)
 
 
+def make_bar(shape: tuple[int, ...]) -> np.ndarray:
+    """A cotangent for their spikes."""
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
 def compile_seconds(run: Callable, *args: Any) -> tuple[jax.stages.Compiled, float]:
     """The compiled function, and how long that took."""
     start = time.perf_counter()

@@ -1,13 +1,22 @@
-"""Rasters of other packages' cells, for those that are installed: functions of currents [T, B, N].
+"""Other packages' cells, for those that are installed: functions of currents [T, B, N] that give the raster.
 
-All but two run the same equations: forward Euler, spike above a fixed threshold, reset to 0. Norse's synapse filters
-the current once more, and spyx subtracts the threshold, a step after the spike. None but ngc-learn's cell has a
-refractory period or adapts.
+Most run the same equations: forward Euler, spike above a fixed threshold, reset to 0, the arc tangent as surrogate, no
+gradient through the reset. What differs:
+
+    ngclearn           can be refractory and adapt, as no other here
+    norse              a synapse filters the current once more, and the surrogate is its own
+    spyx               subtracts the threshold, a step after the spike; its arc tangent is 1 / pi of the others'
+    snntorch, jaxpike  have a gradient through the reset
+    sparx              spikes at the threshold too
+
+Those of JAX are timed under one jit. spyx, jaxpike and sparx each scan over time; jaxpike's default of 8 steps to a
+turn of the loop is for GPUs, and a CPU takes 2 to 4 times longer with it, so here it has one, as the others.
 """
 
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +25,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LEAK = cases.DT / cases.TAU_M
+PACKAGES = {"sparx": "sparxml, Python 3.12 or later"}  # where the name to install differs
+TITLES = {
+    "ngclearn": "ngc-learn",
+    "spyx": "Spyx",
+    "snntorch": "snnTorch",
+    "spikingjelly": "SpikingJelly",
+    "norse": "Norse",
+}
+SAME_SPIKES = ("snntorch", "spikingjelly", "jaxpike", "sparx")
+THROUGH_RESET = ("snntorch", "jaxpike")  # of these, those whose gradient flows through the reset as well
+
+
+def installed(names: list[str]) -> list[str]:
+    """Those of them that are; a line is printed for each other one."""
+    found = [name for name in names if importlib.util.find_spec(name)]
+    for name in names:
+        if name not in found:
+            print(f"{name}: left out, not installed (pip install {PACKAGES.get(name, name)})")
+    return found
+
 
 def snntorch_raster() -> Callable:
     torch, snntorch = importlib.import_module("torch"), importlib.import_module("snntorch")
     surrogate = importlib.import_module("snntorch.surrogate")
     cell = snntorch.Leaky(
-        beta=1 - cases.DT / cases.TAU_M,
+        beta=1 - LEAK,
         threshold=cases.THR,
         spike_grad=surrogate.atan(),
         reset_mechanism="zero",
@@ -30,7 +60,7 @@ def snntorch_raster() -> Callable:
 
     def run(currents):
         membrane, raster = cell.reset_mem(), []
-        for j in currents * (cases.DT / cases.TAU_M):
+        for j in currents * LEAK:
             s, membrane = cell(j, membrane)
             raster.append(s)
         return torch.stack(raster)
@@ -57,22 +87,29 @@ def spikingjelly_raster() -> Callable:
 
 
 def norse_raster() -> Callable:
+    """Its cell in a loop, since the backward pass of its own loop makes an array of the whole sequence at each step."""
     torch, norse = importlib.import_module("torch"), importlib.import_module("norse.torch")
-    layer = norse.LIF(norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR)))
-    return lambda currents: layer(currents * 0.2)[0]
+    cell = norse.LIFCell(
+        norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR))
+    )
+
+    def run(currents):
+        state, raster = None, []
+        for j in currents * 0.2:
+            s, state = cell(j, state)
+            raster.append(s)
+        return torch.stack(raster)
+
+    return run
 
 
 TORCH = {"snntorch": snntorch_raster, "spikingjelly": spikingjelly_raster, "norse": norse_raster}
 
 
-def installed(names: list[str]) -> list[str]:
-    return [name for name in names if importlib.util.find_spec(name)]
-
-
-def torch_forward(name: str, currents: np.ndarray) -> Callable:
+def torch_forward(name: str, shape: tuple[int, ...]) -> Callable:
     """A call that gives the raster, without a gradient."""
     torch = importlib.import_module("torch")
-    raster, constant = TORCH[name](), torch.from_numpy(currents)
+    raster, constant = TORCH[name](), torch.from_numpy(cases.make_currents(shape))
 
     def forward():
         with torch.no_grad():
@@ -81,10 +118,11 @@ def torch_forward(name: str, currents: np.ndarray) -> Callable:
     return forward
 
 
-def torch_both(name: str, currents: np.ndarray, bar: np.ndarray) -> Callable:
+def torch_both(name: str, shape: tuple[int, ...]) -> Callable:
     """A call that gives the raster and the gradient of the currents."""
     torch = importlib.import_module("torch")
-    raster, constant, cotangent = TORCH[name](), torch.from_numpy(currents), torch.from_numpy(bar)
+    raster, constant, bar = TORCH[name](), torch.from_numpy(cases.make_currents(shape)), cases.make_bar(shape)
+    cotangent = torch.from_numpy(bar)
 
     def forward_and_backward():
         x = constant.clone().requires_grad_()
@@ -93,6 +131,56 @@ def torch_both(name: str, currents: np.ndarray, bar: np.ndarray) -> Callable:
         return s.detach(), x.grad
 
     return forward_and_backward
+
+
+def spyx_run(n_units: int) -> Callable:
+    nnx, nn, axn = map(importlib.import_module, ("flax.nnx", "spyx.nn", "spyx.axn"))
+    cell = nn.LIF((n_units,), 1 - LEAK, cases.THR, axn.arctan(1.0), rngs=nnx.Rngs(0))
+    return lambda currents: nn.run(cell, currents * LEAK)
+
+
+def jaxpike_run(n_units: int, scan_unroll: int | None = 1) -> Callable:
+    jaxpike = importlib.import_module("jaxpike")
+    # It decays by exp(-dt / tau).
+    tau = -cases.DT / math.log(1 - LEAK)
+    cell = jaxpike.LIF(tau, threshold=cases.THR, dt=cases.DT, reset="zero", surrogate=jaxpike.ATan())
+    return lambda currents: jaxpike.unroll(cell, currents, scan_unroll=scan_unroll)
+
+
+def sparx_run(n_units: int) -> Callable:
+    """What its layers run; the time within a step that they also give is not asked for."""
+    dynamics, surrogate = importlib.import_module("sparx.dynamics"), importlib.import_module("sparx.surrogate")
+    cell = dynamics.LIFCell(1 - LEAK, cases.THR, "zero", surrogate.ATan(), True)
+
+    def run(currents):
+        out, state = dynamics.run(cell, currents * LEAK)
+        return out.value, state
+
+    return run
+
+
+# Functions of the number of units, which give functions of the currents: the raster and the final state.
+JAX: dict[str, Callable[[int], Callable]] = {"spyx": spyx_run, "jaxpike": jaxpike_run, "sparx": sparx_run}
+
+
+def jax_forward(name: str, currents: np.ndarray, state_too: bool = True) -> Callable:
+    """A call that gives the raster, of a function compiled to give the final state as well, or not."""
+    run = JAX[name](currents.shape[-1])
+    compiled = jax.jit(run if state_too else lambda x: run(x)[:1])
+    forward = functools.partial(compiled, jnp.asarray(currents))
+    return lambda: forward()[0]
+
+
+def jax_both(name: str, currents: np.ndarray, bar: np.ndarray, state_too: bool = True) -> Callable:
+    """A call that gives the raster and the gradient of the currents, and the final state, or not."""
+    run = JAX[name](currents.shape[-1])
+
+    @jax.jit
+    def forward_and_backward(x, bar):
+        s, pull, state = jax.vjp(run, x, has_aux=True)
+        return (s, pull(bar)[0], state) if state_too else (s, pull(bar)[0])
+
+    return functools.partial(forward_and_backward, jnp.asarray(currents), jnp.asarray(bar))
 
 
 def ngclearn_forward(currents: np.ndarray, state_too: bool = True, **mechanism: Any) -> Callable:
@@ -131,18 +219,3 @@ def ngclearn_forward(currents: np.ndarray, state_too: bool = True, **mechanism: 
     wanted = run if state_too else jax.jit(lambda *arguments: (None, run(*arguments)[1]))
     forward = functools.partial(wanted, state, jnp.asarray(currents))
     return lambda: forward()[1]
-
-
-def spyx_forward(currents: np.ndarray, state_too: bool = True) -> Callable:
-    """Its own scan over its cell, which carries the voltage alone, under one jit."""
-    nnx, nn = importlib.import_module("flax.nnx"), importlib.import_module("spyx.nn")
-    cell = nn.LIF(currents.shape[2:], 1 - cases.DT / cases.TAU_M, cases.THR, rngs=nnx.Rngs(0))
-    graph, values = nnx.split(cell)
-
-    @jax.jit
-    def run(values, currents):
-        return nn.run(nnx.merge(graph, values), currents * (cases.DT / cases.TAU_M))
-
-    wanted = run if state_too else jax.jit(lambda *arguments: run(*arguments)[:1])
-    forward = functools.partial(wanted, values, jnp.asarray(currents))
-    return lambda: forward()[0]
