@@ -47,14 +47,14 @@ RETURNS = (cases.SPIKES, cases.BOTH)
 Runs = dict[tuple[str, str], Callable[[], Any]]  # by name and what is returned
 
 
-def slif_run(spikes: Any, params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple:
-    state, out = slif.simulate(params, state, currents, dt=cases.DT, spike_dtype=spikes, implementation="xla")
+def slif_run(spikes: Any, params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array, dt: jax.Array) -> tuple:
+    state, out = slif.simulate(params, state, currents, dt=dt, spike_dtype=spikes, implementation="xla")
     return vars(state), out["s"]
 
 
-def plain_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple:
-    """The equations as they stand, each present mechanism of them."""
-    p, dt = params, cases.DT
+def plain_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array, dt: jax.Array) -> tuple:
+    """The equations as they stand, each present mechanism of them; of a literal dt of 1 XLA would drop the product."""
+    p = params
 
     def body(carry, x):
         _, v, s, thr, rfr, tols, _ = carry
@@ -145,12 +145,12 @@ def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: li
     names = names if mechanism in COMPARED else []
     currents = cases.make_currents(shape)
     params = cases.make_params(shape[-1], **arguments)
-    inputs = (params, slif.init_state(params, shape[1]), jnp.asarray(currents))
+    inputs = (params, slif.init_state(params, shape[1]), jnp.asarray(currents), jnp.float32(cases.DT))
     runs, compiling = compile_own(inputs)
     runs |= peer_runs(currents, arguments, names)
     check(runs, mechanism)
-    copy, _ = cases.compile_seconds(lambda x: x + 1, inputs[-1])
-    runs["copy", ""] = functools.partial(copy, inputs[-1])
+    copy, _ = cases.compile_seconds(lambda x: x + 1, inputs[2])
+    runs["copy", ""] = functools.partial(copy, inputs[2])
     seconds = cases.median_seconds(runs, repeats, budget=8.0)
     for run in runs.values():
         if isinstance(run, Apart):
@@ -237,7 +237,8 @@ def growth(repeats: int, path: str | None) -> list[dict[str, Any]]:
         seconds, sizes = [], [shape["TBN".index(letter)] for shape in shapes]
         for shape in shapes:
             params = cases.make_params(shape[-1], **MECHANISMS["refractory"])
-            inputs = (params, slif.init_state(params, shape[1]), jnp.asarray(cases.make_currents(shape)))
+            currents = jnp.asarray(cases.make_currents(shape))
+            inputs = (params, slif.init_state(params, shape[1]), currents, jnp.float32(cases.DT))
             compiled, _ = cases.compile_seconds(functools.partial(slif_run, jnp.float32), *inputs)
             run = functools.partial(compiled, *inputs)
             seconds.append(cases.median_seconds({"run": run}, 3 * repeats, budget=2.0)["run"])
