@@ -55,11 +55,6 @@ def test_a_loss_on_u_reaches_back_in_time():
     np.testing.assert_allclose(gradient[:, 0, 0], expected, rtol=1e-5)
 
 
-def test_kernels_leave_u_to_the_scan():
-    with pytest.raises(NotImplementedError, match="record 'u'"):
-        run(make_params(), make_currents(), record=("u",), implementation="pallas")
-
-
 # --- thr=inf ---
 
 
