@@ -20,7 +20,7 @@ def width(n_units: int, backwards: bool) -> int:
     Four units a lane make loads of 16 bytes, for which rows have to start at a multiple of 16 bytes, and there have to
     be tiles for every multiprocessor. A block of 8 steps then keeps some 65 KB of loads under way on each. Backwards a
     tile is half as wide, since a block's states lie in registers. No program of `.ci/aot.py` spills one: of 255 a
-    thread, narrow tiles take 47 to 142 and wide ones 115 to 240. With four units a lane the loop backwards spills 272
+    thread, narrow tiles take 40 to 137 and wide ones 89 to 255. With four units a lane the loop backwards spills 272
     bytes, with 16 steps a block a wide tile 56; lowering by lanes or by warpgroups differs by 6 registers at most. None
     of it has been timed on a GPU yet.
     """
