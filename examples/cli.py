@@ -23,6 +23,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    def check_steps(self, duration: float, dt: float) -> None:
+        """Refuses runs of hardly a step, and of so many that they would not end."""
+        if not 10 <= duration / dt <= 1e6:
+            self.error("--duration: expected 10 to 1000000 steps of --dt")
+
     def probe(self, folder: Path) -> None:
         """Makes the folder, and for a moment a file in it: only so is it known, before the work, that results will go.
 

@@ -107,8 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=1000.0, help="of each run, ms")
     parser.add_argument("--out", type=Path, default=Path("out/fi_curve"), help="folder for fi_curve.png")
     args = parser.parse_args(arguments)
-    if not 10 <= args.duration / args.dt <= 1e6:
-        parser.error("--duration: expected 10 to 1000000 steps of --dt")
+    parser.check_steps(args.duration, args.dt)
     parser.probe(args.out)
 
     over = {name: np.asarray(x) for name, x in slif.grid(**GRID).items()}

@@ -62,8 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=300.0, help="ms")
     parser.add_argument("--out", type=Path, default=Path("out/single_neuron"), help="folder for single_neuron.png")
     args = parser.parse_args(arguments)
-    if not 10 <= args.duration / args.dt <= 1e6:
-        parser.error("--duration: expected 10 to 1000000 steps of --dt")
+    parser.check_steps(args.duration, args.dt)
     parser.probe(args.out)
 
     params, out = simulate(args)

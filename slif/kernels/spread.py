@@ -23,7 +23,6 @@ def spread(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
 
     The axes of units broadcast against each other to some shape; what comes out is `out_type(shape)`.
     """
-
     leaves, tree = jax.tree.flatten(args)
 
     @custom_vmap
