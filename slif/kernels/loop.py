@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from slif._mesh import varying
-from slif.kernels.bare import bare
+from slif.kernels.inline import inline_jaxpr
 from slif.loops.plain import turn
 from slif.types import FIELDS, SLIFParams, SLIFState
 
@@ -136,7 +136,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
         record = {name: x for name, x in (vars(new) | shown).items() if name in plan.record}
         return ({name: getattr(new, name) for name in plan.carried}, summary), record, new
 
-    advance, finish = bare(lambda *args: wanted(*args)[:2]), bare(wanted)
+    advance, finish = inline_jaxpr(lambda *args: wanted(*args)[:2]), inline_jaxpr(wanted)
 
     def write(k, record):
         for name, x in record.items():
@@ -213,7 +213,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, 
         moving = {name: (unread | fields)[name] for name in plan.moving}
         return jax.vjp(outputs, own, moving, j, dt)[1](bar)
 
-    advance, pull = bare(advance), bare(pull)
+    advance, pull = inline_jaxpr(advance), inline_jaxpr(pull)
     count = None if bars.spike_count is None else tile.row(bars.spike_count)
 
     def block(b, n, carry, last=None):

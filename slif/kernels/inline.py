@@ -8,7 +8,7 @@ from jax import lax
 from jax.extend import core
 
 
-def bare(fun: Callable) -> Callable:
+def inline_jaxpr(fun: Callable) -> Callable:
     """`fun` with every inner call taken apart and unused operations left out; it is traced once, at its first call."""
     traced: list[Any] = []
 
