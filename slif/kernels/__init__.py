@@ -1,11 +1,10 @@
 """Fused kernels: the whole time loop with the state in registers. Nothing here is imported before it is needed."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from slif import _device
 from slif.request import Request
 from slif.types import SLIFParams
 
@@ -38,14 +37,11 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
     return next((reason for reason, so in reasons.items() if so), None)
 
 
-def gpu() -> bool:
-    """Whether the default device is a GPU."""
-    return _device().platform == "gpu"
-
-
 def unfit() -> str | None:
-    """Why the kernels do not run on the default device, a GPU; None where they do."""
-    device = _device()
+    """Why the kernels do not run on the default device; None where they do, if only in the interpreter of a CPU."""
+    device = _device.default()
+    if device.platform == "cpu":
+        return None
     ampere = jax.__version_info__ >= AMPERE_JAX
     least = LEAST_CAPABILITY if ampere else (9, 0)
     wanted = f"NVIDIA's of compute capability {_dotted(least)} or later with jax {jax.__version__}"
@@ -61,8 +57,3 @@ def unfit() -> str | None:
 
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def _device() -> Any:
-    device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
-    return jax.devices(device)[0] if isinstance(device, str) else device

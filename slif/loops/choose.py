@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 from jax import Array, lax
 
-from slif import kernels
+from slif import _device, kernels
 from slif.loops import cpu, gpu, plain
 from slif.request import Request
-from slif.surrogate import Surrogate
+from slif.surrogate import KINDS, Surrogate
 from slif.types import SLIFParams, SLIFState
 
 Loop = Callable[[SLIFParams, SLIFState, Array, Request], tuple[SLIFState, dict[str, Array]]]
@@ -27,10 +27,9 @@ def choose(
         return plain.run
     # Where thresholds wait for a sum over units, the spikes of the turned loop do too: 0.85 of the plain one's speed.
     on_cpu = plain.run if params.rho_b is not None else functools.partial(cpu.run, constant=constant)
-    if jax.default_backend() == "cpu":
-        return on_cpu
-    if not constant:  # under differentiation each branch would keep what the others do as well
-        return gpu.run
+    # Under differentiation each branch would keep what the others do as well: there the default device decides.
+    if not constant or jax.default_backend() == "cpu":
+        return on_cpu if _device.default().platform == "cpu" else gpu.run
     return lambda *arguments: lax.platform_dependent(*arguments, cpu=on_cpu, default=gpu.run)
 
 
@@ -40,11 +39,15 @@ def fuses(implementation: str | None, params: SLIFParams, currents: Array, reque
         raise ValueError(f"implementation: expected None, 'xla' or 'pallas', got {implementation!r}")
     if implementation == "xla":
         return False
-    found = kernels.gpu()
-    missing = kernels.missing(params, currents, request) or (kernels.unfit() if found else None)
-    if implementation is None:
-        own = params.surrogate.slope.__module__ == Surrogate.__module__  # who knows what a custom one is made of
-        return found and own and kernels.tried() and missing is None
-    if missing is not None:
+    by_name = implementation == "pallas"
+    if not by_name and not (_device.default().platform == "gpu" and kernels.tried() and _known(params.surrogate)):
+        return False
+    missing = kernels.missing(params, currents, request) or kernels.unfit()
+    if by_name and missing is not None:
         raise NotImplementedError(f"implementation: 'pallas' cannot do {missing}; use None or 'xla'")
-    return True
+    return missing is None
+
+
+def _known(surrogate: Surrogate) -> bool:
+    """Whether it is one of the package's own: of a custom one no card's compiler has seen the code."""
+    return any((known.slope, known.wrt) == (surrogate.slope, surrogate.wrt) for known in KINDS.values())
