@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from slif import _device
+from slif.kernels.inline import obstacle
 from slif.request import Request
 from slif.types import SLIFParams
 
@@ -34,7 +35,15 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
         "a shape with names for numbers": symbolic,
         "an empty sequence or batch": not symbolic and 0 in currents.shape,
     }
-    return next((reason for reason, so in reasons.items() if so), None)
+    return next((reason for reason, so in reasons.items() if so), None) or _of_slope(params, currents)
+
+
+def _of_slope(params: SLIFParams, currents: Array) -> str | None:
+    """What of the surrogate's slope a kernel cannot do; it sees the units of a tile, whatever rows they belong to."""
+    surrogate = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params.surrogate)
+    x = jax.ShapeDtypeStruct(currents.shape[1:], params.thr.dtype)
+    found = obstacle(lambda surrogate, x: surrogate(x), surrogate, x)
+    return None if found is None else f"{found} in the surrogate's slope"
 
 
 def unfit() -> str | None:

@@ -1,11 +1,22 @@
-"""Functions as bare operations: kernels know neither custom derivatives nor jit, and would compute what nobody uses."""
+"""Functions as plain operations: kernels know no custom derivative and no jit, and would compute what nobody uses."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+
+# Primitives that only call a function, once, with their own inputs, as jax 0.10 to 0.12 name them.
+CALLS = {"jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"}
+# Those of one element at a time that Mosaic GPU lowers under all of these releases, or that are spelt out below.
+ELEMENTWISE = {
+    *("abs", "add", "add_any", "clamp", "div", "integer_pow", "max", "min", "mul", "neg", "one_minus_square", "sub"),
+    *("and", "or", "xor", "eq", "ge", "gt", "le", "lt", "ne", "round", "select_n", "sign"),
+    *("cos", "exp", "exp2", "log", "logistic", "rsqrt", "sin", "square", "tanh"),
+    *("broadcast_in_dim", "convert_element_type", "copy", "stop_gradient"),
+}
 
 
 def inline_jaxpr(fun: Callable) -> Callable:
@@ -23,7 +34,24 @@ def inline_jaxpr(fun: Callable) -> Callable:
     return run
 
 
-def _evaluate(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
+def obstacle(fun: Callable, *args: Any) -> str | None:
+    """What keeps `fun` of these arguments from being operations on each element by itself, or None."""
+    return _obstacle(jax.make_jaxpr(fun)(*args).jaxpr)
+
+
+def _obstacle(jaxpr: Any) -> str | None:
+    equations = _used(jaxpr)
+    if _variables(jaxpr.outvars, *(eqn.invars for eqn in equations)).intersection(jaxpr.constvars):
+        return "a closed-over array"
+    for eqn in equations:
+        name, (inner, _) = eqn.primitive.name, _called(eqn)
+        found = _obstacle(inner) if inner else None if name in ELEMENTWISE else f"the primitive `{name}`"
+        if found is not None:
+            return found
+    return None
+
+
+def _evaluate(jaxpr: Any, consts: Any, args: list[Any]) -> list[Any]:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(x):
@@ -31,13 +59,11 @@ def _evaluate(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
 
     for eqn in _used(jaxpr):
         inputs = [read(x) for x in eqn.invars]
-        inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-        if eqn.primitive.name == "stop_gradient":
-            outputs = inputs
+        inner, consts = _called(eqn)
+        if inner is not None:
+            outputs = _evaluate(inner, consts, inputs)
         elif eqn.primitive.name in _SPELT_OUT:
             outputs = [_SPELT_OUT[eqn.primitive.name](*inputs, **eqn.params)]
-        elif inner is not None:
-            outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
         else:
             # Of arrays on a mesh; a kernel sees its own device's part alone.
             params = eqn.params | ({"sharding": None} if "sharding" in eqn.params else {})
@@ -47,21 +73,38 @@ def _evaluate(jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
     return [read(x) for x in jaxpr.outvars]
 
 
+def _called(eqn: Any) -> tuple[Any, Any]:
+    """The function and the constants of an equation that is only a call; of any other, None."""
+    if eqn.primitive.name not in CALLS:
+        return None, ()
+    inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+
+
 def _integer_pow(x: Any, *, y: int) -> Any:
-    power = x
+    power = x if y else jnp.ones_like(x)
     for _ in range(abs(y) - 1):
         power = power * x
-    return power if y > 0 else 1 / power
+    return 1 / power if y < 0 else power
 
 
 # What Mosaic GPU does not lower.
-_SPELT_OUT = {"add_any": lax.add, "integer_pow": _integer_pow}
+_SPELT_OUT = {
+    "add_any": lax.add,
+    "copy": lambda x, **_: x,
+    "integer_pow": _integer_pow,
+    "stop_gradient": lambda x, **_: x,
+}
 
 
 def _used(jaxpr: Any) -> list[Any]:
-    needed, equations = {x for x in jaxpr.outvars if not isinstance(x, core.Literal)}, []
+    needed, equations = _variables(jaxpr.outvars), []
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
-            needed.update(x for x in eqn.invars if not isinstance(x, core.Literal))
+            needed |= _variables(eqn.invars)
             equations.append(eqn)
     return equations[::-1]
+
+
+def _variables(*atoms: Any) -> set[Any]:
+    return {x for some in atoms for x in some if not isinstance(x, core.Literal)}
