@@ -51,6 +51,21 @@ def make_currents(shape=(N_STEPS, BATCH, N_UNITS), seed=0):
     return np.random.default_rng(seed).uniform(-3, 12, shape).astype(np.float32)
 
 
+def make_state(params, batch=(BATCH,), seed=5):
+    """As in the middle of a run: units far from their thresholds and near, refractory or not, fired or not."""
+    rng, shape = np.random.default_rng(seed), (*batch, params.n_units)
+    fields = {
+        "j": rng.uniform(-3, 12, shape),
+        "v": rng.uniform(-0.5, 0.6, shape),
+        "s": rng.integers(0, 2, shape),
+        "thr": rng.uniform(0.3, 0.5, shape),
+        "rfr": DT * rng.integers(1, 8, shape),
+        "tols": DT * rng.integers(0, 8, shape),
+        "surrogate": rng.uniform(0, 1, shape),
+    }
+    return slif.SLIFState(**{name: jax.numpy.asarray(x, params.thr.dtype) for name, x in fields.items()})
+
+
 def assert_same(actual, expected):
     """Equality of every leaf, to the bit but for the payload of NaN."""
     jax.tree.map(np.testing.assert_array_equal, actual, expected)

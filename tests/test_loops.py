@@ -1,35 +1,45 @@
-"""Every loop equals the plain one: values, final states, records, masks and gradients."""
+"""Every loop equals the plain one: values, final states, records, masks and gradients; and which one runs."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BATCH, DT, MECHANISMS, N_UNITS, RECORDS, assert_agree, enable_x64, make_currents, make_params
+from conftest import (
+    BATCH,
+    DT,
+    MECHANISMS,
+    N_UNITS,
+    RECORDS,
+    assert_agree,
+    enable_x64,
+    make_currents,
+    make_params,
+    make_state,
+)
 
 import slif
+from slif import _device, kernels, simulation
 from slif.cell import prepare
-from slif.loops import cpu, gpu, plain
-from slif.loops.choose import choose
+from slif.loops import choose, cpu, gpu, plain
 from slif.request import Request
+from slif.surrogate import KINDS
 
 LOOPS = {"cpu": cpu.run, "cpu, constant": functools.partial(cpu.run, constant=True), "gpu": gpu.run}
-N_STEPS = 19  # no multiple of the steps of a turn, nor of a block
+N_STEPS = 9  # no multiple of the steps of a turn
 VALID = {
     "all": None,
     "padded": np.arange(N_STEPS)[:, None] < np.array([N_STEPS, 7, 0]),
     "gaps": np.random.default_rng(0).random((N_STEPS, BATCH)) < 0.6,
 }
-every_loop = pytest.mark.parametrize("loop", LOOPS)
 
 
 def inputs(mechanism, dtype=jnp.float32, **overrides):
     """Params, a state in the middle of a run, and currents."""
     params = make_params(mechanism, dtype=dtype, **overrides)
-    state = slif.init_state(params, BATCH)
-    state, _ = slif.simulate(params, state, make_currents((9, BATCH, N_UNITS), seed=1).astype(dtype), dt=DT)
-    return params, state, jnp.asarray(make_currents((N_STEPS, BATCH, N_UNITS)), dtype)
+    return params, make_state(params), jnp.asarray(make_currents((N_STEPS, BATCH, N_UNITS)), dtype)
 
 
 def run(loop, params, state, currents, *, valid=None, record=RECORDS, every=None, dt=DT):
@@ -40,114 +50,239 @@ def run(loop, params, state, currents, *, valid=None, record=RECORDS, every=None
     return loop(params, state, currents, request)
 
 
-@functools.cache
-def expected(mechanism, valid):
-    return jax.jit(functools.partial(run, plain.run, valid=VALID[valid]))(*inputs(mechanism))
+def assert_plain(loop, arguments, **options):
+    actual, expected = (jax.jit(functools.partial(run, f, **options))(*arguments) for f in (LOOPS[loop], plain.run))
+    assert_agree(vars(actual[0]), vars(expected[0]))
+    assert_agree(actual[1], expected[1])
+    kinds = jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), actual) == kinds
+    return expected
 
 
-@every_loop
+# Every mechanism by the loop that differs most from the plain one; by the others what they meet.
 @pytest.mark.parametrize(
-    ("mechanism", "valid"),
+    ("loop", "mechanism", "valid"),
     [
-        *((name, "all") for name in MECHANISMS),
-        ("sticky", "gaps"),
-        ("everything", "padded"),
-        ("sparse_everything", "gaps"),
+        *(("cpu", name, valid) for name, valid in zip(MECHANISMS, 4 * ("all", "gaps", "padded"), strict=False)),
+        ("cpu", "everything", "all"),
+        ("cpu, constant", "plain", "all"),
+        ("cpu, constant", "refractory", "gaps"),
+        ("cpu, constant", "sticky", "all"),
+        ("cpu, constant", "leak", "padded"),
+        ("gpu", "everything", "gaps"),
+        ("gpu", "voltage", "all"),
     ],
 )
 def test_values(loop, mechanism, valid):
-    state, out = jax.jit(functools.partial(run, LOOPS[loop], valid=VALID[valid]))(*inputs(mechanism))
-    expected_state, records = expected(mechanism, valid)
+    _, records = assert_plain(loop, inputs(mechanism), valid=VALID[valid])
     assert records["s"].any()
-    assert_agree(vars(state), vars(expected_state))
-    assert_agree(out, records)
 
 
-@every_loop
-@pytest.mark.parametrize("n_steps", [1, 2])
-@pytest.mark.parametrize("mechanism", ["plain", "everything"])
+@pytest.mark.parametrize(
+    ("loop", "mechanism", "n_steps"),
+    [("cpu", "everything", 1), ("cpu", "plain", 2), ("cpu, constant", "sticky", 1), ("gpu", "everything", 2)],
+)
 def test_short_runs(loop, mechanism, n_steps):
     params, state, currents = inputs(mechanism)
-    actual, expected = (
-        jax.jit(functools.partial(run, f))(params, state, currents[:n_steps]) for f in (LOOPS[loop], plain.run)
-    )
-    assert_agree(vars(actual[0]), vars(expected[0]))
-    assert_agree(actual[1], expected[1])
+    assert_plain(loop, (params, state, currents[:n_steps]))
 
 
-@every_loop
-@pytest.mark.parametrize("record", ["s", "tols", "surrogate", "spike_count"])
+@pytest.mark.parametrize(
+    ("loop", "record"),
+    [("cpu", "s"), ("cpu, constant", "tols"), ("cpu", "surrogate"), ("cpu, constant", "s"), ("gpu", "spike_count")],
+)
 def test_a_record_alone(loop, record):
-    arguments = inputs("sticky")
-    actual, expected = (
-        jax.jit(functools.partial(run, f, record=(record,)))(*arguments) for f in (LOOPS[loop], plain.run)
-    )
-    assert_agree(vars(actual[0]), vars(expected[0]))
-    assert_agree(actual[1], expected[1])
+    assert_plain(loop, inputs("sticky"), record=(record,))
 
 
-@every_loop
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
-def test_dtypes(loop, dtype):
+@pytest.mark.parametrize(
+    ("loop", "mechanism", "dtype"),
+    [
+        ("cpu", "everything", "bfloat16"),
+        ("cpu", "everything", "float64"),
+        ("cpu, constant", "sticky", "float64"),
+        ("gpu", "plain", "bfloat16"),
+    ],
+)
+def test_dtypes(loop, mechanism, dtype):
     with enable_x64():
-        arguments = inputs("everything", dtype=dtype)
+        arguments = inputs(mechanism, dtype=jnp.dtype(dtype))
         actual, expected = (jax.jit(functools.partial(run, f))(*arguments) for f in (LOOPS[loop], plain.run))
         kinds = jax.tree.map(lambda x: (x.shape, x.dtype), expected)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), actual) == kinds
-        jax.tree.map(np.testing.assert_array_equal, actual[1]["s"], expected[1]["s"])
+        np.testing.assert_array_equal(actual[1]["s"], expected[1]["s"])
 
 
 GRADIENTS = [
-    ("everything", slif.secant(), "all"),
-    ("everything", slif.secant(), "gaps"),
-    ("gain", slif.arctan(), "gaps"),
-    ("sparse_everything", slif.arctan(), "all"),
-    ("everything", slif.arctan(detach_reset=False), "gaps"),
+    ("cpu", "everything", slif.secant(), "gaps"),
+    ("cpu", "sparse_everything", slif.arctan(), "all"),
+    ("cpu", "everything", slif.arctan(detach_reset=False), "gaps"),
+    ("gpu", "gain", slif.arctan(), "padded"),
 ]
 
 
-def primals_and_loss(loop, case):
+# The loop of constants is given none to differentiate.
+@pytest.mark.parametrize(("loop", "mechanism", "surrogate", "valid"), GRADIENTS)
+def test_gradients(loop, mechanism, surrogate, valid):
     """Of a sum over all that has a gradient, with random weights."""
-    mechanism, surrogate, valid = GRADIENTS[case]
+    primals = (*inputs(mechanism, surrogate=surrogate), jnp.float32(DT))
 
-    def loss(params, state, currents, dt):
+    def loss(loop, params, state, currents, dt):
         record = ("s", "v", "thr", "j", "spike_count")
         final, out = run(loop, params, state, currents, valid=VALID[valid], record=record, dt=dt)
         bars = np.random.default_rng(2)
         terms = [*vars(final).values(), *out.values()]
         return sum(jnp.vdot(x, bars.normal(size=x.shape).astype(np.float32)) for x in terms)
 
-    return (*inputs(mechanism, surrogate=surrogate), jnp.float32(DT)), loss
-
-
-@functools.cache
-def expected_gradient(case):
-    primals, loss = primals_and_loss(plain.run, case)
-    return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*primals)
-
-
-# The loop of constants is given none to differentiate.
-@pytest.mark.parametrize("loop", ["cpu", "gpu"])
-@pytest.mark.parametrize("case", range(len(GRADIENTS)))
-def test_gradients(loop, case):
-    primals, loss = primals_and_loss(LOOPS[loop], case)
-    expected = expected_gradient(case)
-    actual = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*primals)
+    losses = (functools.partial(loss, f) for f in (LOOPS[loop], plain.run))
+    actual, expected = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(*primals) for f in losses)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * scale), actual, expected)
     if loop == "gpu":  # which takes long to compile, and is the plain one but for the steps of a turn
         return
     tangents = jax.tree.map(lambda x: jnp.cos(1 + x), primals)
-    along = jax.jit(lambda p, t: jax.jvp(loss, p, t))(primals, tangents)[1]
+    along = jax.jit(lambda p, t: jax.jvp(functools.partial(loss, LOOPS[loop]), p, t))(primals, tangents)[1]
     dots = jax.tree.leaves(jax.tree.map(jnp.vdot, expected, tangents))
     np.testing.assert_allclose(along, sum(dots), atol=1e-4 * sum(map(abs, dots)))
 
 
-def test_the_choice():
+# --- which one runs ---
+
+with_kernels = pytest.mark.skipif(jax.__version_info__ < kernels.OLDEST_JAX, reason="the kernels need a newer jax")
+
+
+def device(platform, kind="", capability=None):
+    return SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+
+
+CPU, GPU, TPU = device("cpu"), device("gpu", "NVIDIA H100", "9.0"), device("tpu", "TPU v4")
+
+
+def on(monkeypatch, default, first=None, version=(0, 12, 0)):
+    """As on a machine whose default backend has the first device, with the default device as said."""
+    first = first or default
+    monkeypatch.setattr(_device, "default", lambda: default)
+    monkeypatch.setattr(jax, "default_backend", lambda: first.platform)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(jax, "__version__", ".".join(map(str, version)))
+
+
+def chosen(implementation=None, surrogate=None, constant=None, **overrides):
+    """The name of the loop that is chosen, not by `simulate`, whose traces outlive a stand-in."""
+    surrogate = slif.secant() if surrogate is None else surrogate
+    params = make_params(surrogate=surrogate, **overrides)
+    request = Request(dt=jnp.float32(DT), t0=jnp.float32(0))
+    constant = surrogate.wrt == "current" if constant is None else constant
+    loop = choose.choose(implementation, params, jnp.ones((3, BATCH, N_UNITS)), request, constant=constant)
+    loop = getattr(loop, "func", loop)
+    return f"{loop.__module__.rpartition('.')[2]}.{loop.__name__}"
+
+
+ON_PLATFORM = "choose.<lambda>"  # which one, the platform says once the program is lowered
+
+
+@pytest.mark.parametrize(
+    ("default", "first", "secant", "arctan"),
+    [
+        (CPU, CPU, "cpu.run", "cpu.run"),
+        (CPU, GPU, ON_PLATFORM, "cpu.run"),
+        (CPU, TPU, ON_PLATFORM, "cpu.run"),
+        (GPU, GPU, ON_PLATFORM, "gpu.run"),
+        (TPU, TPU, ON_PLATFORM, "gpu.run"),
+    ],
+)
+def test_the_scan_is_that_of_the_device(monkeypatch, default, first, secant, arctan):
+    on(monkeypatch, default, first)
+    assert chosen("xla", slif.secant()) == secant
+    assert chosen("xla", slif.arctan()) == arctan
+    assert chosen("xla", slif.secant(), rho_b=0.1, constant=True) == ("plain.run" if first is CPU else ON_PLATFORM)
+    if default is not GPU:
+        assert chosen(None, slif.secant()) == secant
+        assert chosen(None, slif.arctan()) == arctan
+
+
+@with_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_surrogate_of_the_package_takes_a_kernel_by_itself(monkeypatch, kind):
+    surrogates = [KINDS[kind], KINDS[kind].replace(detach_reset=False)]
+    surrogates.append(KINDS[kind].replace(numbers={name: jnp.float32(3) for name in KINDS[kind].numbers}))
+    on(monkeypatch, GPU)
+    assert {chosen(None, surrogate) for surrogate in surrogates} == {"fused.run"}
+    on(monkeypatch, CPU, GPU)
+    assert "fused.run" not in {chosen(None, surrogate) for surrogate in surrogates}
+
+
+@with_kernels
+@pytest.mark.parametrize("wrt", ["current", "voltage"])
+def test_a_custom_surrogate_takes_a_kernel_by_name_only(monkeypatch, wrt):
+    surrogate = slif.custom(lambda x: 1 / (1 + x * x), wrt)
+    on(monkeypatch, GPU)
+    assert chosen(None, surrogate) != "fused.run"
+    assert chosen("pallas", surrogate) == "fused.run"
+
+
+@with_kernels
+def test_releases_of_jax(monkeypatch):
+    for version, by_itself in (((0, 9, 9), False), ((0, 10, 0), True), ((0, 12, 7), True), ((0, 13, 0), False)):
+        on(monkeypatch, GPU, version=version)
+        assert (chosen() == "fused.run") == by_itself
+    assert chosen("pallas") == "fused.run"
+    on(monkeypatch, GPU, version=(0, 7, 0))
+    with pytest.raises(NotImplementedError, match=r"implementation: 'pallas' cannot do jax 0\.7\.0, which is too old"):
+        chosen("pallas")
+
+
+@pytest.mark.skipif(jax.__version_info__ >= kernels.OLDEST_JAX, reason="this jax has the kernels")
+def test_an_old_release_refuses_the_kernels():
+    params = make_params()
+    with pytest.raises(NotImplementedError, match=f"cannot do jax {jax.__version__}, which is too old"):
+        slif.simulate(params, slif.init_state(params), make_currents((3, N_UNITS)), dt=DT, implementation="pallas")
+
+
+@with_kernels
+@pytest.mark.parametrize(
+    ("default", "wanted"),
+    [
+        (TPU, "TPU v4: it takes NVIDIA's of compute capability 8.0 or later"),
+        (device("gpu", "AMD Instinct MI300X", "gfx942"), "AMD Instinct MI300X: it takes NVIDIA's"),
+        (device("METAL", "Apple M4"), "Apple M4: it takes NVIDIA's"),
+    ],
+)
+def test_by_name_other_devices_are_refused(monkeypatch, default, wanted):
+    on(monkeypatch, default)
+    assert chosen() == ON_PLATFORM
+    with pytest.raises(NotImplementedError, match=f"implementation: 'pallas' cannot do {wanted}"):
+        chosen("pallas")
+    on(monkeypatch, CPU, default)
+    assert chosen("pallas") == "fused.run"  # by the interpreter
+
+
+def test_an_empty_sequence_takes_the_plain_loop():
     params, _, currents = inputs("sticky")
     request = Request(dt=jnp.float32(DT), t0=jnp.float32(0))
-    if jax.default_backend() != "cpu":
-        pytest.skip("of a machine without a GPU")
-    assert choose(None, params, currents, request, constant=False).func is cpu.run
-    assert choose("xla", params, currents, request, constant=True).keywords == {"constant": True}
-    assert choose(None, params, currents[:0], request, constant=True) is plain.run
+    assert choose.choose(None, params, currents[:0], request, constant=True) is plain.run
+
+
+def test_the_default_device(monkeypatch):
+    here = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [here if backend == "cpu" else GPU])
+    assert _device.default() is GPU
+    for name in (here, "cpu"):
+        with jax.default_device(name):
+            assert _device.default() is here
+    assert _device.default() is GPU
+
+
+def test_the_choice_for_one_default_device_does_not_stay_for_another(monkeypatch):
+    arguments, made = inputs("plain", tau_m=21.0), []
+
+    def noted(*args, **options):
+        made.append(args)
+        return choose.choose(*args, **options)
+
+    monkeypatch.setattr(simulation, "choose", noted)
+    for _ in range(2):
+        for device in (None, jax.devices("cpu")[0]):
+            with jax.default_device(device):
+                jax.eval_shape(functools.partial(slif.simulate, dt=DT), *arguments)
+    assert len(made) == 2
