@@ -44,8 +44,11 @@ def _obstacle(jaxpr: Any) -> str | None:
     if _variables(jaxpr.outvars, *(eqn.invars for eqn in equations)).intersection(jaxpr.constvars):
         return "a closed-over array"
     for eqn in equations:
-        name, (inner, _) = eqn.primitive.name, _called(eqn)
-        found = _obstacle(inner) if inner else None if name in ELEMENTWISE else f"the primitive `{name}`"
+        inner, _ = _called(eqn)
+        if inner is not None:
+            found = _obstacle(inner)
+        else:
+            found = None if eqn.primitive.name in ELEMENTWISE else f"the primitive `{eqn.primitive.name}`"
         if found is not None:
             return found
     return None
