@@ -16,8 +16,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from slif import _check, _warn
-from slif._mesh import alike, follow
-from slif.cell import advance, init_params, init_state, is_off, prepare, reset
+from slif._mesh import follow
+from slif.cell import advance, init_params, init_state, is_off, prepare, take_thresholds
 from slif.simulation import simulate
 from slif.surrogate import secant
 from slif.types import SLIFParams, SLIFState
@@ -115,18 +115,9 @@ def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
     return init_state(params, input_shape[:-1]), jnp.zeros(input_shape[:-1], jnp.int32)
 
 
-def _own_thresholds(params: SLIFParams, state: SLIFState, learned: bool) -> SLIFState:
-    """The state with the thresholds of params, where they are learned and do not adapt: a step compares with these."""
-    if not (learned and params.thr_gain is params.thr_leak is params.rho_b is None):
-        return state
-    return alike(reset(params, state, fields=("thr",)))
-
-
-def run_cell(
-    params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array, *, learned_thr: bool
-) -> tuple[Carry, Array]:
+def run_cell(params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
     state, count = carry
-    params, state = _check.values(params), _own_thresholds(params, _check.fields(state), learned_thr)
+    params, state = _check.values(params), _check.fields(state)
     dt = _check.number("dt", dt, params.thr.dtype)
     with _check.transfers():
         return _run_cell(params, dt, (state, count), _check.array("inputs", inputs, "an array of real numbers"))
@@ -146,7 +137,7 @@ def _run_cell(params: SLIFParams, dt: Array, carry: Carry, inputs: Array) -> tup
     dt = jnp.asarray(dt).astype(dtype)
     t = (count.astype(_wide(dtype)) * dt.astype(_wide(dtype)))[..., None]
     params, t, dt = prepare(params, state.v.ndim, t, dt)
-    state = advance(params, state, currents[0], t, dt)
+    state = advance(params, take_thresholds(params, state), currents[0], t, dt)
     return (state, count + 1), state.s
 
 
@@ -155,7 +146,6 @@ def run_sequence(
     dt: float,
     x: Array,
     *,
-    learned_thr: bool,
     time_major: bool,
     initial_state: SLIFState | None,
     valid: Array | None,
@@ -168,10 +158,7 @@ def run_sequence(
     _check_features(np.shape(x), params.n_units)
     time = 0 if time_major else x.ndim - 2
     currents = jnp.moveaxis(x, time, 0)
-    if initial_state is None:
-        state = init_state(params, currents.shape[1:-1])
-    else:
-        state = _own_thresholds(params, initial_state, learned_thr)
+    state = init_state(params, currents.shape[1:-1]) if initial_state is None else initial_state
     valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
     state, out = simulate(params, state, currents, dt=dt, record=record, valid=valid, **options)
     out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}

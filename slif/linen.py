@@ -102,7 +102,7 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs, learned_thr="thr" in self.learn)
+        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs)
 
     def initialize_carry(self, rng: Array | None, input_shape: tuple[int, ...]) -> _layers.Carry:
         """The cell at rest, with the stored thresholds; `rng` is not used."""
@@ -192,7 +192,6 @@ class SLIF(_Neurons):
             self.slif_params(),
             self.dt,
             x,
-            learned_thr="thr" in self.learn,
             time_major=self.time_major,
             initial_state=initial_state,
             valid=valid,

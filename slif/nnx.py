@@ -132,8 +132,7 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        learned_thr = "learned_thr" in self.learned
-        return _layers.run_cell(_params(self), self.dt, carry, inputs, learned_thr=learned_thr)
+        return _layers.run_cell(_params(self), self.dt, carry, inputs)
 
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> _layers.Carry:
         """The cell at rest, with the thresholds of the module; `rngs` and `carry_init` are not used."""
@@ -211,7 +210,6 @@ class SLIF(_Neurons):
             _params(self),
             self.dt,
             x,
-            learned_thr="learned_thr" in self.learned,
             time_major=self.time_major,
             initial_state=initial_state,
             valid=valid,
