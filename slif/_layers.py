@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from slif import _check, _warn
+from slif._attach import attach
 from slif._mesh import follow
 from slif.cell import advance, init_params, init_state, is_off, prepare, take_thresholds
 from slif.simulation import simulate
@@ -75,6 +76,19 @@ def stored_names(hyper: Mapping[str, Any], learn: Iterable[str]) -> list[str]:
     return names
 
 
+def check_stored(features: int, hyper: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """That the stored arrays are those of one cell, and not, as `nn.RNN` can have them, of one for each step."""
+    shapes = {"thr": (features,), "inh_weights": (features, features)}
+    for key, value in stored.items():
+        name = key.partition("_")[2]
+        expected = shapes.get(name, np.shape(hyper.get(name)))
+        if np.shape(value) != expected:
+            raise ValueError(
+                f"params: expected {key} of shape {expected}, got shape {np.shape(value)}; all steps share the "
+                "parameters of a cell, so nn.RNN takes it with its own variable_axes and variable_broadcast"
+            )
+
+
 def stored_values(key: Array, features: int, hyper: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:
     """Initial values, in float32 or wider so that small steps of an optimiser do not round away."""
     params = init_params(key, features, **{**hyper, "dtype": _wide(_check.floating("dtype", hyper["dtype"]))})
@@ -102,7 +116,9 @@ def assemble(given: SLIFParams, stored: Mapping[str, Array]) -> SLIFParams:
     for key, value in stored.items():
         kind, _, name = key.partition("_")
         if kind == "logscale":
-            value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(jnp.clip(value, -BOUND, BOUND))
+            # Beyond the bound too a gradient comes through, or a parameter that got there would never come back.
+            bounded = attach(jnp.clip(value, -BOUND, BOUND), value, jnp.ones_like(value))
+            value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(bounded)
         elif kind == "fixed":
             value = lax.stop_gradient(value)
         leaves[name] = value.astype(dtype)
