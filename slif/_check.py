@@ -217,6 +217,8 @@ def signature(params: SLIFParams, state: SLIFState | None = None) -> None:
             raise ValueError(f"state.{name}: expected shape {expected}, got shape {leaf.shape}")
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != dtype:
             raise TypeError(f"state.{name}: expected the dtype of params, {dtype}, got {leaf.dtype}")
+    if not broadcasts(thr.shape, np.shape(state.v)):
+        raise ValueError(f"thr: expected a shape that broadcasts to state.v {np.shape(state.v)}, got shape {thr.shape}")
 
 
 def current(name: str, value: Any, shape: tuple[Any, ...]) -> None:

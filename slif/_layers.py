@@ -16,8 +16,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from slif import _check, _warn
-from slif._mesh import alike, follow
-from slif.cell import advance, init_params, init_state, is_off, prepare, reset
+from slif._attach import attach
+from slif._mesh import follow
+from slif.cell import advance, init_params, init_state, is_off, prepare, take_thresholds
 from slif.simulation import simulate
 from slif.surrogate import secant
 from slif.types import SLIFParams, SLIFState
@@ -75,6 +76,19 @@ def stored_names(hyper: Mapping[str, Any], learn: Iterable[str]) -> list[str]:
     return names
 
 
+def check_stored(features: int, hyper: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """That the stored arrays are those of one cell, and not, as `nn.RNN` can have them, of one for each step."""
+    shapes = {"thr": (features,), "inh_weights": (features, features)}
+    for key, value in stored.items():
+        name = key.partition("_")[2]
+        expected = shapes.get(name, np.shape(hyper.get(name)))
+        if np.shape(value) != expected:
+            raise ValueError(
+                f"params: expected {key} of shape {expected}, got shape {np.shape(value)}; all steps share the "
+                "parameters of a cell, so nn.RNN takes it with its own variable_axes and variable_broadcast"
+            )
+
+
 def stored_values(key: Array, features: int, hyper: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:
     """Initial values, in float32 or wider so that small steps of an optimiser do not round away."""
     params = init_params(key, features, **{**hyper, "dtype": _wide(_check.floating("dtype", hyper["dtype"]))})
@@ -102,7 +116,9 @@ def assemble(given: SLIFParams, stored: Mapping[str, Array]) -> SLIFParams:
     for key, value in stored.items():
         kind, _, name = key.partition("_")
         if kind == "logscale":
-            value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(jnp.clip(value, -BOUND, BOUND))
+            # Beyond the bound too a gradient comes through, or a parameter that got there would never come back.
+            bounded = attach(jnp.clip(value, -BOUND, BOUND), value, jnp.ones_like(value))
+            value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(bounded)
         elif kind == "fixed":
             value = lax.stop_gradient(value)
         leaves[name] = value.astype(dtype)
@@ -115,18 +131,9 @@ def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
     return init_state(params, input_shape[:-1]), jnp.zeros(input_shape[:-1], jnp.int32)
 
 
-def _own_thresholds(params: SLIFParams, state: SLIFState, learned: bool) -> SLIFState:
-    """The state with the thresholds of params, where they are learned and do not adapt: a step compares with these."""
-    if not (learned and params.thr_gain is params.thr_leak is params.rho_b is None):
-        return state
-    return alike(reset(params, state, fields=("thr",)))
-
-
-def run_cell(
-    params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array, *, learned_thr: bool
-) -> tuple[Carry, Array]:
+def run_cell(params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
     state, count = carry
-    params, state = _check.values(params), _own_thresholds(params, _check.fields(state), learned_thr)
+    params, state = _check.values(params), _check.fields(state)
     dt = _check.number("dt", dt, params.thr.dtype)
     with _check.transfers():
         return _run_cell(params, dt, (state, count), _check.array("inputs", inputs, "an array of real numbers"))
@@ -146,7 +153,7 @@ def _run_cell(params: SLIFParams, dt: Array, carry: Carry, inputs: Array) -> tup
     dt = jnp.asarray(dt).astype(dtype)
     t = (count.astype(_wide(dtype)) * dt.astype(_wide(dtype)))[..., None]
     params, t, dt = prepare(params, state.v.ndim, t, dt)
-    state = advance(params, state, currents[0], t, dt)
+    state = advance(params, take_thresholds(params, state), currents[0], t, dt)
     return (state, count + 1), state.s
 
 
@@ -155,7 +162,6 @@ def run_sequence(
     dt: float,
     x: Array,
     *,
-    learned_thr: bool,
     time_major: bool,
     initial_state: SLIFState | None,
     valid: Array | None,
@@ -168,10 +174,7 @@ def run_sequence(
     _check_features(np.shape(x), params.n_units)
     time = 0 if time_major else x.ndim - 2
     currents = jnp.moveaxis(x, time, 0)
-    if initial_state is None:
-        state = init_state(params, currents.shape[1:-1])
-    else:
-        state = _own_thresholds(params, initial_state, learned_thr)
+    state = init_state(params, currents.shape[1:-1]) if initial_state is None else initial_state
     valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
     state, out = simulate(params, state, currents, dt=dt, record=record, valid=valid, **options)
     out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}

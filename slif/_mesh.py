@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -55,6 +56,15 @@ def follow(params: SLIFParams, state: SLIFState, currents: Array, valid: Array |
         place(currents, time, *row),
         valid if valid is None else place(valid, time, *row[:-1]),
     )
+
+
+def broadcast_like(x: Array, other: Array) -> Array:
+    """x in the shape of the other, and sharded as it is, on a mesh whose axes are explicit."""
+    x = jnp.broadcast_to(x.reshape((1,) * (other.ndim - x.ndim) + x.shape), other.shape)
+    mesh = jax.typeof(other).sharding.mesh
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*names(other))))
 
 
 def gathered(s: Array) -> Array:

@@ -11,8 +11,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check, _warn
-from slif._mesh import follow, gathered
-from slif.surrogate import Surrogate, emit, fire_and_reset, secant, spike
+from slif._attach import attach
+from slif._mesh import broadcast_like, follow, gathered
+from slif.surrogate import Surrogate, fire_and_reset, secant
 from slif.types import FIELDS, SLIFParams, SLIFState
 
 
@@ -21,7 +22,8 @@ def drive(params: SLIFParams, s: Array, j: Array) -> Array:
     i = j * params.resist_m
     if params.resist_inh is None or params.inh_weights is None:
         return i
-    return jnp.where(params.resist_inh > 0, i - jnp.dot(gathered(s), params.inh_weights) * params.resist_inh, i)
+    inhibition = jnp.dot(gathered(s), params.inh_weights, precision=lax.Precision.HIGHEST)
+    return jnp.where(params.resist_inh > 0, i - inhibition * params.resist_inh, i)
 
 
 def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
@@ -30,11 +32,23 @@ def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
     if params.thr_gain is not None:
         adapted = adapted + z * params.thr_gain
     if params.thr_leak is not None:
-        adapted = adapted - thr * params.thr_leak
+        # An endless threshold loses nothing: inf - inf is no number. With a constant in place of z the compiler would
+        # take the product into the select, and round it on its own.
+        adapted = adapted - jnp.where(thr < jnp.inf, thr, lax.stop_gradient(z)) * params.thr_leak
     if params.rho_b is None:
         return adapted
     sparse = jnp.maximum(thr + (z.sum(-1, keepdims=True) - 1) * params.rho_b, 0.025)
     return jnp.where(params.rho_b > 0, sparse, adapted)
+
+
+def adapts(params: SLIFParams) -> bool:
+    """Whether thresholds change: what they are is then told by the state, else by params."""
+    return not (params.thr_gain is params.thr_leak is params.rho_b is None)
+
+
+def take_thresholds(params: SLIFParams, state: SLIFState) -> SLIFState:
+    """The state to step from: thresholds that nothing adapts are those of params, whatever the state holds."""
+    return state if adapts(params) else state.replace(thr=broadcast_like(params.thr, state.v))
 
 
 def charge(params: SLIFParams, state: SLIFState, i: Array, dt: Array) -> Array:
@@ -51,14 +65,16 @@ def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt:
     if params.surrogate.wrt == "voltage":
         return _fire(params, state, u, i, t, dt)
     new = _fire(*lax.stop_gradient((params, state, u, i, t, dt)))
-    return new.replace(j=i, s=emit(params.surrogate, i, new.s))
+    return new.replace(j=i, s=attach(new.s, i, params.surrogate(i)))
 
 
 def _fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array) -> SLIFState:
     """Differentiated as it is written, but for the spike."""
     thr, rfr, tols = state.thr, state.rfr, state.tols
 
-    z = spike(params.surrogate, u, thr)
+    x = i if params.surrogate.wrt == "current" else u - thr
+    h = params.surrogate(x)
+    z = attach((u > thr).astype(u.dtype), x, h)
     v_new = jnp.where(z > 0, 0, u) if params.surrogate.detach_reset else fire_and_reset(u, z)
     thr_new = adapt(params, thr, z)
     rfr_new = jnp.where(z > 0, dt, rfr + dt)
@@ -67,7 +83,6 @@ def _fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt
         s = jnp.where(rfr >= params.refract_time, z, 1)
     tols_new = jnp.where(s > 0, t, tols)
 
-    h = params.surrogate(i if params.surrogate.wrt == "current" else u - thr)
     rfr_new, tols_new, h = lax.stop_gradient((rfr_new, tols_new, h))
     return SLIFState(j=i, v=v_new, s=s, thr=thr_new, rfr=rfr_new, tols=tols_new, surrogate=h)
 
@@ -315,7 +330,7 @@ def _step(params: SLIFParams, state: SLIFState, j: Array, t: Array, dt: Array) -
     _check.scalars(t=t, dt=dt)
     params, state, currents, _ = follow(params, state, j[None])
     params, t, dt = prepare(params, state.v.ndim, t, dt)
-    return advance(params, state, currents[0], t, dt)
+    return advance(params, take_thresholds(params, state), currents[0], t, dt)
 
 
 def reset(

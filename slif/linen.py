@@ -47,6 +47,8 @@ class _Neurons(nn.Module):
     def setup(self):
         hyper = self._hyper()
         names = _layers.stored_names(hyper, self.learn)
+        old = {name: self.get_variable("params", name) for name in names if self.has_variable("params", name)}
+        _layers.check_stored(self.features, hyper, old)
         # One key for all that is drawn, as in `init_params`; `param` would draw another for each name.
         new = self.is_mutable_collection("params") and not any(self.has_variable("params", name) for name in names)
         key = self.make_rng("params") if names and new else None
@@ -79,7 +81,8 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
         learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
             logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
             "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
-            array [N] is one a unit, thr is always [N]. A learned thr that nothing adapts is put into every carry.
+            array [N] is one a unit, thr is always [N]. All steps share one set of parameters, as `nn.RNN` has it by
+            default ("params" in its `variable_broadcast`).
             With a surrogate with respect to the current, only resist_m, resist_inh and inh_weights can be trained.
 
     Returns:
@@ -102,7 +105,7 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs, learned_thr="thr" in self.learn)
+        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs)
 
     def initialize_carry(self, rng: Array | None, input_shape: tuple[int, ...]) -> _layers.Carry:
         """The cell at rest, with the stored thresholds; `rng` is not used."""
@@ -177,8 +180,7 @@ class SLIF(_Neurons):
 
         Args:
             x: currents [T, ..., N], or [..., T, N] if not `time_major`.
-            initial_state: the state before the first step; None for rest. A layer that learns thr and does not adapt
-                puts its own thresholds into it.
+            initial_state: the state before the first step; None for rest.
             valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
             record: what to return, as in `slif.simulate`.
             return_state: return the state after the last step as well. A second window goes on from it with `t0`.
@@ -192,7 +194,6 @@ class SLIF(_Neurons):
             self.slif_params(),
             self.dt,
             x,
-            learned_thr="thr" in self.learn,
             time_major=self.time_major,
             initial_state=initial_state,
             valid=valid,

@@ -132,12 +132,13 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        learned_thr = "learned_thr" in self.learned
-        return _layers.run_cell(_params(self), self.dt, carry, inputs, learned_thr=learned_thr)
+        return _layers.run_cell(_params(self), self.dt, carry, inputs)
 
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> _layers.Carry:
-        """The cell at rest, with the thresholds of the module; `rngs` and `carry_init` are not used."""
-        del rngs, carry_init
+        """The cell at rest, with the thresholds of the module; `rngs` is not used."""
+        del rngs
+        if carry_init is not None:
+            raise ValueError(f"carry_init: expected None, since parameters tell the state at rest, got {carry_init!r}")
         return _layers.initial_carry(_params(self), input_shape)
 
     @property
@@ -196,8 +197,7 @@ class SLIF(_Neurons):
 
         Args:
             x: currents [T, ..., N], or [..., T, N] if not `time_major`.
-            initial_state: the state before the first step; None for rest. A layer that learns thr and does not adapt
-                puts its own thresholds into it.
+            initial_state: the state before the first step; None for rest.
             valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
             record: what to return, as in `slif.simulate`.
             return_state: return the state after the last step as well. A second window goes on from it with `t0`.
@@ -211,7 +211,6 @@ class SLIF(_Neurons):
             _params(self),
             self.dt,
             x,
-            learned_thr="learned_thr" in self.learned,
             time_major=self.time_major,
             initial_state=initial_state,
             valid=valid,

@@ -8,6 +8,7 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from slif._attach import attach
 from slif.raster import pack_spikes
 from slif.types import FIELDS, SLIFState
 
@@ -35,21 +36,35 @@ class Request(struct.PyTreeNode):
         steps = jnp.arange(n_steps, dtype=jnp.int32)
         return self.t0.astype(self.wide) + steps.astype(self.wide) * self.dt.astype(self.wide)
 
-    def summaries(self, state: SLIFState) -> dict[str, Array]:
+    def summaries(self, state: SLIFState) -> dict[str, Any]:
         """The running summaries before the first step, those that are asked for."""
-        count = {"spike_count": jnp.zeros_like(state.v, self.wide)}
-        first = {"first_spike_time": jnp.full_like(state.v, jnp.inf, self.wide)}
-        return {name: x for name, x in (count | first).items() if name in self.record}
+        summaries = {}
+        if "spike_count" in self.record:
+            summaries["count"] = jnp.zeros_like(state.v, jnp.int32), jnp.zeros_like(state.v, self.wide)
+        if "first_spike_time" in self.record:
+            summaries["first_spike_time"] = jnp.full_like(state.v, jnp.inf, self.wide)
+        return summaries
 
-    def summarise(self, summaries: dict[str, Array], s: Array, t: Array) -> dict[str, Array]:
+    def summarise(self, summaries: dict[str, Any], s: Array, t: Array) -> dict[str, Any]:
         """The summaries after one more step, whose spikes are s."""
         new = dict(summaries)
-        if "spike_count" in new:
-            new["spike_count"] += s.astype(self.wide)
+        if "count" in new:
+            count, total = new["count"]
+            new["count"] = count + (s > 0).astype(jnp.int32), total + s.astype(self.wide)
         if "first_spike_time" in new:
             first = new["first_spike_time"]
             new["first_spike_time"] = jnp.where((s > 0) & (first == jnp.inf), lax.stop_gradient(t), first)
         return new
+
+    def summed_up(self, summaries: dict[str, Any]) -> dict[str, Array]:
+        """The summaries after the last step, as they are returned."""
+        told = dict(summaries)
+        if "count" in told:
+            # The integer is exact, where float32 stops at 2^24; the sum in floating point is what has a derivative, and
+            # where nobody asks for one, the compiler leaves it out.
+            count, total = told.pop("count")
+            told["spike_count"] = attach(count.astype(self.wide), total, jnp.ones_like(total))
+        return told
 
     def observe(self, state: SLIFState, u: Array, s: Array) -> dict[str, Array]:
         """What is recorded of one step, from the state after it, its u, and the spikes that it shows."""

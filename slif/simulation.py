@@ -9,11 +9,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check, _warn
+from slif._attach import attach
 from slif._mesh import alike, follow
-from slif.cell import drive, prepare
+from slif.cell import adapts, drive, prepare, take_thresholds
+from slif.loops import plain
 from slif.loops.choose import choose
 from slif.request import RECORDS, Request
-from slif.surrogate import emit
 from slif.types import SLIFParams, SLIFState
 
 
@@ -112,13 +113,26 @@ def _simulate(
     params, state, currents, valid = follow(params, state, currents, request.valid)
     params, dt, t0 = prepare(params, state.v.ndim, request.dt, request.t0)
     request = request.replace(dt=dt, t0=t0, valid=None if valid is None else valid[..., None])
-    params, state, currents, request = alike((params, state, currents, request))
+    if currents.shape[0] == 0:
+        return plain.run(params, state, currents, request)
+    frozen, state = state, take_thresholds(params, state)
+    params, state, frozen, currents, request = alike((params, state, frozen, currents, request))
+    final, out = _run(params, state, currents, request, implementation)
+    if valid is not None and not adapts(params):  # until its first step a frozen row holds the thresholds it was given
+        seen = lax.cummax(valid.astype(jnp.int8))[..., None] > 0
+        final = final.replace(thr=jnp.where(seen[-1], final.thr, frozen.thr))
+        out |= {"thr": jnp.where(seen, out["thr"], frozen.thr)} if "thr" in out else {}
+    return final, out
 
+
+def _run(
+    params: SLIFParams, state: SLIFState, currents: Array, request: Request, implementation: str | None
+) -> tuple[SLIFState, dict[str, Array]]:
     estimated = params.surrogate.wrt == "current"
-    elementwise = estimated and params.resist_inh is None and currents.shape[0] > 0
-    if currents.shape[0] > 0:  # a frozen row would pass on gradients of fields that have none
-        having = ("s", "j") if estimated else ("s", "j", "v", "thr")
-        state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in having})
+    elementwise = estimated and params.resist_inh is None
+    # A frozen row would pass on gradients of fields that have none.
+    having = ("s", "j") if estimated else ("s", "j", "v", "thr")
+    state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in having})
     loop = choose(implementation, params, currents, request, constant=elementwise)
     if not elementwise:
         return loop(params, state, currents, request)
@@ -136,16 +150,14 @@ def _attach(
     if valid is not None:
         currents = jnp.where(valid, currents, 0)  # as in the loop, for the same reason
     i = jax.vmap(lambda j: drive(params, state.s, j.astype(state.v.dtype)))(currents)
-    attach = jax.vmap(functools.partial(emit, params.surrogate))
+    slope = jax.vmap(params.surrogate)(i)
     if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
-        out["s"] = attach(i, out["s"])
+        out["s"] = attach(out["s"], i, slope)
     if "spike_count" in out:
-        # Zeros that depend on i: under vmap a value that all share could not get a derivative for each.
-        nothing = jnp.where(i > 0, 0, jnp.zeros_like(i, out["spike_count"].dtype))
-        out["spike_count"] = out["spike_count"] + attach(i, nothing).sum(0)
+        out["spike_count"] = out["spike_count"] + attach(jnp.zeros_like(i, out["spike_count"].dtype), i, slope).sum(0)
     if valid is None:
-        j, s = i[-1], out["s"][-1].astype(i.dtype) if "s" in out else final.s
-        final = final.replace(j=j, s=emit(params.surrogate, j, s))
+        s = out["s"][-1].astype(i.dtype) if "s" in out else final.s
+        final = final.replace(j=i[-1], s=attach(s, i[-1], slope[-1]))
         return final, out | ({"j": i} if "j" in out else {})
 
     def hold(j, x):
@@ -154,5 +166,5 @@ def _attach(
         return j, j
 
     j, held = lax.scan(hold, state.j, (i, valid))
-    s = jnp.where(valid.any(0), emit(params.surrogate, j, final.s), state.s)
+    s = jnp.where(valid.any(0), attach(final.s, j, params.surrogate(j)), state.s)
     return final.replace(j=j, s=s), out | ({"j": held} if "j" in out else {})

@@ -398,42 +398,8 @@ def named(kind: Any, numbers: dict[str, Any], detach_reset: Any) -> Surrogate:
     return KINDS[kind].replace(numbers=numbers, detach_reset=_flag("detach_reset", detach_reset))
 
 
-@jax.custom_jvp
-def spike(surrogate: Surrogate, u: Array, thr: Array) -> Array:
-    """z = u > thr as a number, with d z = g(u - thr) (du - dthr)."""
-    del surrogate
-    return (u > thr).astype(u.dtype)
-
-
-@spike.defjvp
-def _spike_jvp(primals, tangents):
-    surrogate, u, thr = primals
-    _, du, dthr = tangents
-    return spike(surrogate, u, thr), surrogate(u - thr) * (du - dthr)
-
-
-@jax.custom_jvp
-def emit(surrogate: Surrogate, i: Array, s: Array) -> Array:
-    """The spikes s, with d s = h(i) di and nothing else."""
-    del surrogate, i
-    return s
-
-
-@emit.defjvp
-def _emit_jvp(primals, tangents):
-    surrogate, i, s = primals
-    _, di, _ = tangents
-    return s, (surrogate(i) * di).astype(s.dtype)
-
-
-@jax.custom_jvp
 def fire_and_reset(u: Array, z: Array) -> Array:
-    """v' = (1 - z) u differentiated through z as well; as a value the select, which no infinite u turns into NaN."""
-    return jnp.where(z > 0, 0, u)
-
-
-@fire_and_reset.defjvp
-def _fire_and_reset_jvp(primals, tangents):
-    u, z = primals
-    du, dz = tangents
-    return fire_and_reset(u, z), jnp.where(z > 0, 0, du) - u * dz
+    """v' = (1 - z) u, differentiated through z as well; where u is infinite the select, lest the product be NaN."""
+    finite = jnp.isfinite(u)
+    inner = jnp.where(finite, u, 0)
+    return jnp.where(finite, inner - z * inner, jnp.where(z > 0, 0, u))

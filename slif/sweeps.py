@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check, _warn
 from slif._check import SURROGATE
-from slif.cell import init_state, reset
+from slif.cell import init_state
 from slif.simulation import simulate
 from slif.types import SLIFParams, SLIFState
 
@@ -90,7 +90,9 @@ def sweep(
         dt: the length of a step, ms, positive; None where it is swept. Above 2 tau_m forward Euler diverges: a
             UserWarning where both are known as Python or NumPy values, or from a `grid` of these.
         state: the state before the first step: one [..., N] for all points, or one a point, [P, ..., N]. None for rest,
-            with the batch shape of the currents. A sweep over thr puts each point's thresholds into it.
+            with the batch shape of the currents. With a given state, a sweep over thr acts where nothing adapts the
+            thresholds; and one over refract_time begins with refractory units where the period is longer than the
+            state's clock `rfr`, which in a state at rest is the period that it was made with.
         t0: the time of the first step, ms.
         record: what to return of every step, as in `simulate`. With P in front the default takes 200 MB at 1000 points
             x 500 steps x 100 units, "spike_count" 0.4.
@@ -209,17 +211,6 @@ def _at(params: SLIFParams, values: Mapping[str, Array]) -> SLIFParams:
     return params.replace(**leaves, surrogate=surrogate)
 
 
-def _tied(params: SLIFParams, values: Mapping[str, Array]) -> SLIFParams:
-    """The same; where the surrogate is swept, the currents of a point are its own even if all points have them alike.
-
-    Under vmap JAX takes spikes that no swept value enters for shared, and then cannot give them a derivative a point.
-    """
-    for name in values:
-        if name.startswith(SURROGATE):
-            params = params.replace(resist_m=jnp.where(values[name].max() > 0, params.resist_m, params.resist_m))
-    return params
-
-
 @functools.partial(jax.jit, static_argnames=("batch_size", "options"))
 def _sweep(
     points: tuple[dict[str, Array], SLIFState | None],
@@ -232,12 +223,10 @@ def _sweep(
         values, state = point
         arguments = shared | {name: values[name] for name in ("dt", "currents") if name in values}
         params, currents = arguments.pop("params"), arguments.pop("currents")
-        params = _tied(_at(params, values), values)
+        params = _at(params, values)
         state = arguments.pop("state", state)
         if state is None:
             state = init_state(params, currents.shape[1:-1])
-        elif "thr" in values:
-            state = reset(params, state, fields=("thr",))
         return simulate(params, state, currents, **arguments, **dict(options))
 
     if batch_size is None:

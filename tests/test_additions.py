@@ -109,17 +109,6 @@ def test_a_point_is_the_point():
             slif.point(params, over, k)
 
 
-def test_a_sweep_over_thresholds_puts_them_into_a_state():
-    params, currents = make_params("gain"), make_currents()
-    state, _ = run(params, currents[:9])
-    thr = np.array([0.2, 0.5, 0.9])
-    _, out = slif.sweep(params, currents, over={"thr": thr}, dt=DT, state=state)
-    for k, value in enumerate(thr):
-        own = slif.reset(params.replace(thr=jnp.full(N_UNITS, value, jnp.float32)), state, fields=("thr",))
-        assert_same(out["s"][k], run(params, currents, own)[1]["s"])
-    assert out["s"][0].sum() > out["s"][2].sum()
-
-
 def test_what_is_missing_or_given_twice_is_named():
     params, currents = make_params(), make_currents()
     with pytest.raises(ValueError, match=r"^dt: expected .*, got neither"):

@@ -12,6 +12,7 @@ from conftest import FIELDS, MECHANISMS, enable_x64, make_params
 from jax import test_util
 
 import slif
+from slif.cell import adapts
 
 N_STEPS, BATCH, N_UNITS, DT = 24, 3, 5, 0.5
 NUMERIC = (
@@ -107,6 +108,8 @@ def by_hand(inputs, bars, kind):
         detach_reset=surrogate.detach_reset,
     )
     start = wide({name: getattr(state, name) for name in ("v", "s", "thr", "rfr")})
+    if not adapts(params):
+        start["thr"] = np.broadcast_to(np.asarray(params.thr, np.float64), start["v"].shape)
     steps, raster = oracle_grad.run(cell, start, np.asarray(currents, np.float64), DT)
     if kind == "secant":
         return raster, oracle_grad.backward_current(cell, steps, wide(bars))
@@ -116,9 +119,10 @@ def by_hand(inputs, bars, kind):
 def assert_gradients(actual, expected, rtol):
     """Each gradient as expected, and exactly zero where none is."""
     params, state, currents = actual
-    # The base threshold enters by `init_state`, not by the equations; "thr" below is the state's.
-    np.testing.assert_array_equal(params.thr, 0)
     leaves = {name: getattr(params, name) for name in NUMERIC} | {name: getattr(state, name) for name in FIELDS}
+    # A step compares with the thresholds of the state where something adapts them, and with those of params elsewhere.
+    leaves["thr"], unread = (state.thr, params.thr) if adapts(params) else (params.thr, state.thr)
+    np.testing.assert_array_equal(unread, 0)
     for name, leaf in (leaves | {"currents": currents}).items():
         if leaf is None:
             continue
@@ -287,8 +291,8 @@ def test_summaries_and_rasters_differentiate_as_told(case, kind):
 
 def test_subthreshold_cell_checks_numerically():
     params, state, currents = make("plain", "reset")
-    params, state, currents = params.replace(surrogate=slif.boxcar(0.5)), state, currents[:6]
-    state = state.replace(thr=jnp.full_like(state.thr, 50.0))
+    params = params.replace(surrogate=slif.boxcar(0.5), thr=jnp.full_like(params.thr, 50.0))
+    currents = currents[:6]
 
     def final_v(tau_m, resist_m, v, currents):
         new = params.replace(tau_m=tau_m, resist_m=resist_m)

@@ -345,6 +345,28 @@ def test_huge_steps_of_an_optimiser_leave_valid_parameters(framework, step):
     assert not np.isnan(layer.call(variables, currents(5, B, N))).any()
 
 
+@pytest.mark.parametrize("stored", [9.0, -40.0, 1e30])
+def test_a_parameter_beyond_its_bound_comes_back(framework, stored):
+    layer = make(framework, learn=("tau_m",), surrogate=slif.arctan())
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.full_like(leaf, stored) if "logscale" in jax.tree_util.keystr(path) else leaf,
+        layer.variables,
+    )
+    gradient = jax.grad(lambda variables: jnp.log(layer.params(variables).tau_m))(variables)
+    (slope,) = layer.trained(gradient).values()
+    np.testing.assert_allclose(slope, 1, rtol=1e-5)
+    np.testing.assert_allclose(layer.params(variables).tau_m, HYPER["tau_m"] * np.exp(np.clip(stored, -8, 8)), rtol=1e-6)
+
+
+def test_a_cell_has_one_set_of_parameters_for_all_steps():
+    rnn = nn.RNN(slif.linen.SLIFCell(N, dt=DT, **HYPER), variable_axes={"params": 0}, variable_broadcast=False)
+    with pytest.raises(ValueError, match=r"^params: expected fixed_thr of shape \(100,\), .* all steps share"):
+        rnn.init(jax.random.key(0), currents(2, 3, N))
+    cell = slif.nnx.SLIFCell(N, dt=DT, **HYPER, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="^carry_init: expected None"):
+        cell.initialize_carry((2, N), carry_init=nnx.initializers.ones)
+
+
 def test_weight_decay_leaves_stored_thresholds_alone(framework):
     x = currents()
     hyper = {"resist_inh": 0.013, "learn": ("resist_m",)}

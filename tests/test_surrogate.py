@@ -10,7 +10,8 @@ from jax import test_util
 from oracle_grad import SLOPES
 
 import slif
-from slif.surrogate import emit, fire_and_reset, spike
+from slif._attach import attach
+from slif.surrogate import fire_and_reset
 
 CONSTRUCTORS = {
     "secant": slif.secant,
@@ -118,7 +119,10 @@ def test_spike_is_finite_where_the_distance_to_the_threshold_overflows(name):
 
     @jax.jit
     def evaluate(surrogate, u, thr):
-        z, pull = jax.vjp(lambda u, thr: spike(surrogate, u, thr), u, thr)
+        def spike(u, thr):
+            return attach((u > thr).astype(u.dtype), u - thr, surrogate(u - thr))
+
+        z, pull = jax.vjp(spike, u, thr)
         return z, pull(jnp.ones_like(z))
 
     z, gradients = evaluate(CONSTRUCTORS[name](), u, -u)
@@ -127,24 +131,27 @@ def test_spike_is_finite_where_the_distance_to_the_threshold_overflows(name):
         assert jnp.isfinite(gradient).all()
 
 
-def test_spike_is_strict_and_differentiates_by_the_slope_alone():
-    surrogate = slif.arctan()
-    u, thr = jnp.array([0.3, 0.4, 0.5]), jnp.array([0.4, 0.4, 0.4])
-    z, pull = jax.vjp(spike, surrogate, u, thr)
-    slope, u_bar, thr_bar = pull(jnp.ones_like(z))
-    np.testing.assert_array_equal(z, [0, 0, 1])
-    np.testing.assert_array_equal(u_bar, surrogate(u - thr))
-    np.testing.assert_array_equal(thr_bar, -surrogate(u - thr))
-    assert float(slope.numbers["alpha"]) == 0
+def test_a_value_differentiates_by_what_is_attached_to_it_alone():
+    value, x, slope = jnp.array([1.0, 0.0, 1.0]), jnp.array([-1.0, 2.0, 30.0]), jnp.array([0.5, 0.25, 2.0])
+    out, pull = jax.vjp(attach, value, x, slope)
+    of_value, of_x, of_slope = pull(jnp.ones_like(out))
+    np.testing.assert_array_equal(out, value)
+    np.testing.assert_array_equal(of_x, slope)
+    np.testing.assert_array_equal(of_value, 0)
+    np.testing.assert_array_equal(of_slope, 0)
 
 
-def test_emit_hands_the_spikes_on_and_differentiates_by_the_current_alone():
-    surrogate, i, s = slif.secant(), jnp.array([-1.0, 2.0, 30.0]), jnp.array([1.0, 0.0, 1.0])
-    value, pull = jax.vjp(lambda i, s: emit(surrogate, i, s), i, s)
-    i_bar, s_bar = pull(jnp.ones_like(value))
-    np.testing.assert_array_equal(value, s)
-    np.testing.assert_array_equal(i_bar, surrogate(i))
-    np.testing.assert_array_equal(s_bar, 0)
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, 1, None), (None, None, 0), (0, 1, 0), (1, None, 0)])
+def test_what_is_attached_under_vmap(mapped):
+    """The value of all examples may be one and the same, and their derivatives not."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(3,) if n is None else (4, 3) if n == 0 else (3, 4)).astype(np.float32) for n in mapped]
+    grad = jax.grad(lambda x, value, slope: (attach(value, x, slope) ** 2).sum())
+    of_one = [a if n is None else np.moveaxis(a, n, 0) for a, n in zip(arrays, mapped, strict=True)]
+    value, _, slope = np.broadcast_arrays(*of_one)
+    arguments = (arrays[1], arrays[0], arrays[2]), (mapped[1], mapped[0], mapped[2])
+    by_map = jax.vmap(grad, arguments[1])(*arguments[0])
+    np.testing.assert_allclose(by_map, np.broadcast_to(2 * value * slope, (4, 3)), rtol=1e-6)
 
 
 def test_reset_through_the_spike_keeps_infinite_voltages_out_of_the_value():

@@ -43,6 +43,8 @@ def _of_slope(params: SLIFParams, currents: Array) -> str | None:
     surrogate = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params.surrogate)
     x = jax.ShapeDtypeStruct(currents.shape[1:], params.thr.dtype)
     found = obstacle(lambda surrogate, x: surrogate(x), surrogate, x)
+    if found is None and surrogate.wrt == "voltage":  # backwards, a custom derivative gives the value too
+        found = obstacle(lambda surrogate, x: jax.vjp(surrogate, x)[0], surrogate, x)
     return None if found is None else f"{found} in the surrogate's slope"
 
 

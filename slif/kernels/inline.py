@@ -10,12 +10,14 @@ from jax.extend import core
 
 # Primitives that only call a function, once, with their own inputs, as jax 0.10 to 0.12 name them.
 CALLS = {"jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"}
+# Those whose value is that of their first input.
+PASSING = {"copy", "slif_attach", "stop_gradient"}
 # Those of one element at a time that Mosaic GPU lowers under all of these releases, or that are spelt out below.
 ELEMENTWISE = {
     *("abs", "add", "add_any", "clamp", "div", "integer_pow", "max", "min", "mul", "neg", "one_minus_square", "sub"),
     *("and", "or", "xor", "eq", "ge", "gt", "le", "lt", "ne", "round", "select_n", "sign"),
     *("cos", "exp", "exp2", "log", "logistic", "rsqrt", "sin", "square", "tanh"),
-    *("broadcast_in_dim", "convert_element_type", "copy", "stop_gradient"),
+    *("broadcast_in_dim", "convert_element_type", "copy", "is_finite", "stop_gradient"),
 }
 
 
@@ -41,7 +43,7 @@ def obstacle(fun: Callable, *args: Any) -> str | None:
 
 def _obstacle(jaxpr: Any) -> str | None:
     equations = _used(jaxpr)
-    if _variables(jaxpr.outvars, *(eqn.invars for eqn in equations)).intersection(jaxpr.constvars):
+    if _variables(jaxpr.outvars, *map(_inputs, equations)).intersection(jaxpr.constvars):
         return "a closed-over array"
     for eqn in equations:
         inner, _ = _called(eqn)
@@ -61,10 +63,12 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Any]) -> list[Any]:
         return x.val if isinstance(x, core.Literal) else values[x]
 
     for eqn in _used(jaxpr):
-        inputs = [read(x) for x in eqn.invars]
+        inputs = [read(x) for x in _inputs(eqn)]
         inner, consts = _called(eqn)
         if inner is not None:
             outputs = _evaluate(inner, consts, inputs)
+        elif eqn.primitive.name in PASSING:
+            outputs = inputs
         elif eqn.primitive.name in _SPELT_OUT:
             outputs = [_SPELT_OUT[eqn.primitive.name](*inputs, **eqn.params)]
         else:
@@ -92,21 +96,20 @@ def _integer_pow(x: Any, *, y: int) -> Any:
 
 
 # What Mosaic GPU does not lower.
-_SPELT_OUT = {
-    "add_any": lax.add,
-    "copy": lambda x, **_: x,
-    "integer_pow": _integer_pow,
-    "stop_gradient": lambda x, **_: x,
-}
+_SPELT_OUT = {"add_any": lax.add, "integer_pow": _integer_pow, "is_finite": lambda x: jnp.abs(x) < jnp.inf}
 
 
 def _used(jaxpr: Any) -> list[Any]:
     needed, equations = _variables(jaxpr.outvars), []
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):
-            needed |= _variables(eqn.invars)
+            needed |= _variables(_inputs(eqn))
             equations.append(eqn)
     return equations[::-1]
+
+
+def _inputs(eqn: Any) -> list[Any]:
+    return eqn.invars[:1] if eqn.primitive.name in PASSING else eqn.invars
 
 
 def _variables(*atoms: Any) -> set[Any]:

@@ -129,7 +129,8 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
         new, shown = step(params, fields, j, t, dt, live)
         summary = dict(summary)
         if plan.count:
-            summary["spike_count"] = summary["spike_count"] + shown["s"]
+            count = summary["spike_count"]
+            summary["spike_count"] = jnp.where(shown["s"] > 0, count + 1, count)
         if plan.first:
             first = summary["first_spike_time"]
             summary["first_spike_time"] = jnp.where(shown["s"] > 0, jnp.minimum(first, t), first)
@@ -166,7 +167,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
     fields = {name: tile.row(inputs.state[name]) for name in plan.carried}
     summary = {}
     if plan.count:
-        summary["spike_count"] = tile.fill(0)
+        summary["spike_count"] = tile.fill(0).astype(jnp.int32)
     if plan.first:
         summary["first_spike_time"] = tile.fill(jnp.inf)
     carry = (fields, summary)
@@ -182,7 +183,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
     carry, record, new = finish(params, tile.part(carry), last, t0 + end * dt, dt, live_at(bits, end - start))
     write(end, record)
     for name, x in (carry[1] | vars(new)).items():
-        outs["final"][name][tile.units] = x
+        outs["final"][name][tile.units] = x.astype(jnp.float32)
 
 
 class Bars(NamedTuple):

@@ -48,7 +48,7 @@ def run(
     pending = _apart(pending)
     if params.resist_inh is None and valid is None:  # then the last current tells i, and nothing has to carry it
         pending = pending.replace(j=drive(params, pending.s, currents[-1].astype(pending.v.dtype)))
-    return settle(pending, times[-1], None if valid is None else valid[-1]), out | summaries
+    return settle(pending, times[-1], None if valid is None else valid[-1]), out | request.summed_up(summaries)
 
 
 def _together(state: SLIFState) -> SLIFState:

@@ -25,7 +25,7 @@ def run(
     xs = (currents, request.times(currents.shape[0]), request.valid)
     carry = (state, request.summaries(state))
     (state, summaries), out = scan(body, carry, xs, request.checkpoint_every, unroll)
-    return state, out | summaries
+    return state, out | request.summed_up(summaries)
 
 
 def turn(
