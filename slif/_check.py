@@ -4,6 +4,7 @@ Python and NumPy values are looked at in every call; shapes and dtypes of arrays
 signature. Values on a device are never read back.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,10 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
         if not is_real(value.dtype):
             raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
         return value
-    array = np.asarray(value) if isinstance(value, int | float | np.generic | np.ndarray | list | tuple) else None
+    array = None
+    if isinstance(value, int | float | np.generic | np.ndarray | list | tuple):
+        with contextlib.suppress(ValueError):  # of a ragged list
+            array = np.asarray(value)
     if array is None or not is_real(array.dtype):
         raise TypeError(f"{name}: expected a real number or array, got {value!r}")
     with np.errstate(over="ignore", under="ignore"):
@@ -139,7 +143,7 @@ def flag(name: str, value: Any) -> bool:
 def size(name: str, value: Any, low: int) -> Any:
     if export.is_symbolic_dim(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if isinstance(value, bool | np.timedelta64) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < low:
         raise ValueError(f"{name}: expected an int >= {low}, got {value}")
@@ -171,6 +175,8 @@ def key(value: Any) -> None:
 
 
 def is_real(dtype: Any) -> bool:
+    if jnp.issubdtype(dtype, np.timedelta64):  # a signed integer to NumPy
+        return False
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
@@ -279,6 +285,19 @@ def params(value: Any) -> SLIFParams:
     value = values(value)
     signature(value)
     return jax.tree.map(lambda x: put(x, value.thr.dtype), value)
+
+
+def host(value: Any) -> SLIFParams:
+    """Params in host memory, for a file: the values that were on a device are within bounds too."""
+    value = jax.device_get(params(value))
+    values(value)
+    return value
+
+
+def positive(numbers: Any, dtype: Any) -> None:
+    """That the numbers, in host memory, are those of a surrogate that has a name."""
+    for name, x in numbers.items():
+        real(f"{SURROGATE}{name}", x, dtype)
 
 
 def state(params: SLIFParams, value: Any) -> SLIFState:
