@@ -69,9 +69,12 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
     if array is None or not is_real(array.dtype):
         raise TypeError(f"{name}: expected a real number or array, got {value!r}")
     with np.errstate(over="ignore", under="ignore"):
-        stored = array.astype(dtype)
+        stored = array.astype(dtype, copy=False)
     rule = RULES.get(name, Rule(low=0, allowed=False) if name.startswith(SURROGATE) else Rule())
-    if not (np.isfinite(stored) | (rule.endless & np.isposinf(stored) & np.isposinf(array))).all():
+    allowed = np.isfinite(stored)
+    if rule.endless:
+        allowed |= np.isposinf(stored) & np.isposinf(array)
+    if not allowed.all():
         raise ValueError(f"{name}: expected finite values in {stored.dtype}, got {value!r}")
     if not (stored >= rule.low if rule.allowed else stored > rule.low).all():
         sign = ">=" if rule.allowed else ">"
@@ -105,7 +108,7 @@ def values(params: Any) -> SLIFParams:
     if not given and not numbers:
         return params
     dtype = floating("thr", real("thr", leaves["thr"]).dtype)
-    given = {name: real(name, x, dtype).astype(dtype) for name, x in given.items()}
+    given = {name: real(name, x, dtype).astype(dtype, copy=False) for name, x in given.items()}
     numbers = {name: real(f"surrogate {name}", x, dtype).astype(dtype) for name, x in numbers.items()}
     return params.replace(**given, surrogate=surrogate.replace(numbers={**surrogate.numbers, **numbers}))
 

@@ -231,7 +231,7 @@ def _taken(cell: Any) -> tuple[SLIFParams, SLIFState]:
     base = np.asarray(jax.device_get(cell.threshold0), np.float32)
     leaves = {"refract_time": cell.refract_T, "thr_gain": cell.thrGain, "thr_leak": cell.thrLeak}
     leaves |= {"rho_b": cell.rho_b, "resist_inh": cell.inh_R}
-    leaves = {name: value for name, value in leaves.items() if value != 0}
+    leaves = {name: value for name, value in leaves.items() if np.any(value != 0)}
     leaves |= {"tau_m": cell.tau_m, "resist_m": cell.R_m}
     leaves["thr"] = base[0] if len(base) == 1 else base
     if "resist_inh" in leaves:
@@ -355,7 +355,10 @@ def _inherit(old: os.stat_result, path: str, temporary: str) -> None:
             with contextlib.suppress(OSError):
                 os.chown(temporary, owner, group)
     with contextlib.suppress(OSError):
-        shutil.copystat(path, temporary)  # the time too, which the first write sets anew
+        shutil.copymode(path, temporary)
+        # Access control lists, beside which the bits of the group say less than they would alone.
+        for name in os.listxattr(path) if hasattr(os, "listxattr") else ():
+            os.setxattr(temporary, name, os.getxattr(path, name))
 
 
 @contextlib.contextmanager
