@@ -170,7 +170,8 @@ SPECIAL = {
     "a FIFO": os.mkfifo,
     "a directory": os.mkdir,
     "a socket": lambda name: socket.socket(socket.AF_UNIX).bind(name),
-    "a device": lambda name: os.symlink("/dev/null", name),
+    # Not /dev/null, which would be gone if this test should ever fail.
+    "a device": lambda name: os.symlink(os.ttyname(os.openpty()[1]), name),
     "a FIFO through a link": lambda name: os.mkfifo("other") or os.symlink("other", name),
     "a loop": lambda name: os.symlink(name, name),
 }
@@ -181,7 +182,11 @@ SPECIAL = {
 def test_what_is_no_regular_file_is_refused_and_stays(kind, cell, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     SPECIAL[kind]("z1.npz")
-    before = {name: os.lstat(name) for name in os.listdir()}
+
+    def there():
+        return {name: (os.lstat(name).st_ino, os.lstat(name).st_mode) for name in os.listdir()}
+
+    before = there()
     expected = "symbolic links" if kind == "a loop" else f"expected a regular file, got {kind.partition(' through')[0]}"
     calls = {
         "save": lambda: checkpoint.save("z1.npz", *cell),
@@ -193,7 +198,7 @@ def test_what_is_no_regular_file_is_refused_and_stays(kind, cell, tmp_path, monk
         with pytest.raises(OSError, match=f"{expected}: 'z1.npz'") as raised:
             call()
         assert (name, raised.value.filename) == (name, "z1.npz")
-    assert {name: os.lstat(name) for name in os.listdir()} == before
+    assert there() == before
 
 
 def test_a_fifo_that_comes_in_between_is_not_waited_for(path, monkeypatch):
