@@ -12,7 +12,6 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import warnings
 import zipfile
@@ -406,18 +405,20 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_what_killed_saves_left_is_removed(link, tmp_path):
+def test_what_killed_saves_left_is_removed(link, tmp_path, monkeypatch):
     path, params = tmp_path / "cell[0-9]*.slif", make_params()
     saved = path
     if link:
         saved = tmp_path / "link"
         saved.symlink_to(path)
-    old, hour = "0123456789abcdef", time.time() - 3600
+    now = 1e9
+    monkeypatch.setattr(os, "fsync", lambda file: os.utime(file, (now, now)))
+    old, hour = "0123456789abcdef", now - 3600
     kept = {saved.name, path.name}
     for name, age, stays in [
-        (f"{path.name}.{old}.tmp", hour - 60, False),
+        (f"{path.name}.{old}.tmp", hour - 1, False),
         (f"{path.name}.{old[::-1]}.tmp", 0, False),
-        (f"{path.name}.{'1' * 16}.tmp", hour + 60, True),  # perhaps of a save that is still going on
+        (f"{path.name}.{'1' * 16}.tmp", hour + 1, True),  # perhaps of a save that is still going on
         (f"{path.name}.{old}", 0, True),
         (f"{path.name}.old.tmp", 0, True),
         (f"{path.name}.more.{old}.tmp", 0, True),
