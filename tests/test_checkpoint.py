@@ -207,7 +207,7 @@ def test_a_fifo_that_comes_in_between_is_not_waited_for(path, monkeypatch):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o755, 0o2750])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o755])
 @pytest.mark.parametrize(
     "save", [checkpoint.save, lambda path, *cell: checkpoint.save_ngclearn(path.parent, "z1", *cell)]
 )
