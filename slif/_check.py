@@ -290,11 +290,11 @@ def params(value: Any) -> SLIFParams:
     return jax.tree.map(lambda x: put(x, value.thr.dtype), value)
 
 
-def host(value: Any) -> SLIFParams:
-    """Params in host memory, for a file: the values that were on a device are within bounds too."""
-    value = jax.device_get(params(value))
-    values(value)
-    return value
+def host(params: SLIFParams) -> SLIFParams:
+    """Checked params in host memory, for a file: the values that were on a device are within bounds too."""
+    params = jax.device_get(params)
+    values(params)
+    return params
 
 
 def positive(numbers: Any, dtype: Any) -> None:

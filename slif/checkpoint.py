@@ -59,8 +59,9 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
         Array([0., 0., 0.], dtype=float32)
     """
     path = _path("path", path)
-    params = _check.host(params)
+    params = _check.params(params)
     state = jax.device_get(_check.state(params, state))
+    params = _check.host(params)
     static = {"kind": kind_of(params.surrogate), "detach_reset": params.surrogate.detach_reset}
     static |= {name: getattr(params, name) for name in _check.FLAGS}
     _check.positive(params.surrogate.numbers, params.thr.dtype)
@@ -138,8 +139,9 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
         (1, 3)
     """
     path = _ngclearn_file(directory, name)
-    params = _check.host(params)
+    params = _check.params(params)
     state = jax.device_get(_check.state(params, state))
+    params = _check.host(params)
     thr = np.asarray(_check.real("thr", state.thr if params.thr_persist else params.thr))
     # ngc-learn holds float32 and has no other 16-bit type than NumPy's.
     thr = thr.astype(np.promote_types(thr.dtype, np.float32)).reshape(-1, params.n_units)
@@ -387,8 +389,9 @@ def _restored(
     surrogate = named(kind, params.pop("surrogate"), detach_reset)
     flags: Any = {"sticky_spikes": sticky_spikes, "thr_persist": thr_persist}
     params, state = SLIFParams(**params, **flags, surrogate=surrogate), SLIFState(**state)
-    # On the host, where values can be looked at. The leaves go on as they are: the checks would cast them.
+    # On the host, where values can be looked at. The leaves go on as they are: the check would cast them.
     _check.values(params)
     _check.positive(surrogate.numbers, params.thr.dtype)
+    params, state = jax.device_put((params, state))
     _check.signature(params, _check.fields(state))
-    return jax.device_put((params, state))
+    return params, state

@@ -53,7 +53,7 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
         >>> to_nir(params, dt=1.0).tau
         array([0.02, 0.02, 0.02])
     """
-    params = _check.host(params)
+    params = _check.host(_check.params(params))
     strict = _check.flag("strict", strict)
     dtype = params.thr.dtype
     dt = _time_step(dt, np.promote_types(dtype, np.float32))
