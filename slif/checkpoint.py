@@ -317,12 +317,9 @@ def _status(path: str) -> os.stat_result:
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[IO[bytes]]:
     """A file beside `path` that takes its place once it is whole, and its mode and owner from the start."""
-    try:
+    old = None
+    with contextlib.suppress(FileNotFoundError):
         old = _status(path)
-    except FileNotFoundError:
-        if not os.path.basename(path):
-            raise
-        old = None
     if old and not os.access(path, os.W_OK):  # which renaming would not ask
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
     if os.path.islink(path):

@@ -938,7 +938,7 @@ ARCHIVES = {
     "pickle": lambda: zipped(("threshold.npy", pickle.dumps(Bomb()))),
     "pickled array": lambda: zipped(("threshold.npy", header(descr="|O") + pickle.dumps(Bomb()))),
     "wrong magic": lambda: zipped(("threshold.npy", RIGHT.replace(b"NUMPY", b"NUMPI"))),
-    "later version": lambda: zipped(("threshold.npy", npy(ones(dtype=[("é", "f4")])))),
+    "later version": lambda: zipped(("threshold.npy", RIGHT.replace(b"Y\1\0v\0{", b"Y\2\0v\0\0\0{"))),
     "negative": lambda: zipped(("threshold.npy", header((-1, -N_UNITS)) + bytes(4 * N_UNITS))),
     "huge": lambda: zipped(("threshold.npy", header((2**70, 2**70)))),
     "no shape": lambda: zipped(("threshold.npy", header("1, 11") + bytes(4 * N_UNITS))),
@@ -959,7 +959,12 @@ ARCHIVES = {
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_an_archive_of_another_make(kind, cell, tmp_path):
     (tmp_path / "z1.npz").write_bytes(ARCHIVES[kind]())
-    with in_little_memory(), pytest.raises(ValueError, match=r"z1\.npz: "):
+    told = {
+        "later version": r"expected version \(1, 0\)",
+        "too many": "expected 44 bytes",
+        "too few": "expected 44 bytes",
+    }
+    with in_little_memory(), pytest.raises(ValueError, match=rf"z1\.npz: .*{told.get(kind, '')}"):
         checkpoint.load_ngclearn(tmp_path, "z1", *cell)
 
 
