@@ -222,9 +222,9 @@ def _kept_params(kept: dict[str, Any], dt: np.ndarray) -> dict[str, Any]:
     if unknown := [name for name in params if name not in known]:
         raise ValueError(f"metadata: expected names among {', '.join(known)}, got {unknown}")
     if set(params) & set(MECHANISMS):
-        told = kept.get("dt")
+        told: Any = kept.get("dt")
         number = isinstance(told, int | float | np.number) and _check.is_real(np.asarray(told).dtype)
-        if not number or not abs(float(told) - float(dt)) <= 1e-6 * float(dt):
+        if not (number and abs(float(told) - float(dt)) <= 1e-6 * float(dt)):
             raise ValueError(f"dt: expected {told}, by whose steps the terms kept in the metadata go, got {dt}")
     return params
 
