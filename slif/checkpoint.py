@@ -276,7 +276,8 @@ def _thresholds(file: IO[bytes], shapes: tuple[tuple[int, ...], ...]) -> np.ndar
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = [member for member in archive.infolist() if member.filename == "threshold.npy"]
         if len(members) != 1:
-            raise ValueError(f"expected one array threshold, got {len(members)} among {archive.namelist()[:9]}")
+            names = str(archive.namelist()[:9])[:200]
+            raise ValueError(f"expected one array threshold, got {len(members)} among {names}")
         # The other methods unpack a whole block, however little of it is asked for.
         if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"expected an array as NumPy packs it, got method {members[0].compress_type}")
