@@ -4,6 +4,7 @@ Python and NumPy values are looked at in every call; shapes and dtypes of arrays
 signature. Values on a device are never read back.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -61,13 +62,19 @@ def real(name: str, value: Any, dtype: Any = np.float64) -> Array | np.ndarray:
         if not is_real(value.dtype):
             raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
         return value
-    array = np.asarray(value) if isinstance(value, int | float | np.generic | np.ndarray | list | tuple) else None
+    array = None
+    if isinstance(value, int | float | np.generic | np.ndarray | list | tuple):
+        with contextlib.suppress(ValueError):  # of a ragged list
+            array = np.asarray(value)
     if array is None or not is_real(array.dtype):
         raise TypeError(f"{name}: expected a real number or array, got {value!r}")
     with np.errstate(over="ignore", under="ignore"):
-        stored = array.astype(dtype)
+        stored = array.astype(dtype, copy=False)
     rule = RULES.get(name, Rule(low=0, allowed=False) if name.startswith(SURROGATE) else Rule())
-    if not (np.isfinite(stored) | (rule.endless & np.isposinf(stored) & np.isposinf(array))).all():
+    allowed = np.isfinite(stored)
+    if rule.endless:
+        allowed |= np.isposinf(stored) & np.isposinf(array)
+    if not allowed.all():
         raise ValueError(f"{name}: expected finite values in {stored.dtype}, got {value!r}")
     if not (stored >= rule.low if rule.allowed else stored > rule.low).all():
         sign = ">=" if rule.allowed else ">"
@@ -101,7 +108,7 @@ def values(params: Any) -> SLIFParams:
     if not given and not numbers:
         return params
     dtype = floating("thr", real("thr", leaves["thr"]).dtype)
-    given = {name: real(name, x, dtype).astype(dtype) for name, x in given.items()}
+    given = {name: real(name, x, dtype).astype(dtype, copy=False) for name, x in given.items()}
     numbers = {name: real(f"surrogate {name}", x, dtype).astype(dtype) for name, x in numbers.items()}
     return params.replace(**given, surrogate=surrogate.replace(numbers={**surrogate.numbers, **numbers}))
 
@@ -139,7 +146,7 @@ def flag(name: str, value: Any) -> bool:
 def size(name: str, value: Any, low: int) -> Any:
     if export.is_symbolic_dim(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if isinstance(value, bool | np.timedelta64) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < low:
         raise ValueError(f"{name}: expected an int >= {low}, got {value}")
@@ -171,6 +178,8 @@ def key(value: Any) -> None:
 
 
 def is_real(dtype: Any) -> bool:
+    if jnp.issubdtype(dtype, np.timedelta64):  # a signed integer to NumPy
+        return False
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
@@ -281,6 +290,19 @@ def params(value: Any) -> SLIFParams:
     value = values(value)
     signature(value)
     return jax.tree.map(lambda x: put(x, value.thr.dtype), value)
+
+
+def host(params: SLIFParams) -> SLIFParams:
+    """Checked params in host memory, for a file: the values that were on a device are within bounds too."""
+    params = jax.device_get(params)
+    values(params)
+    return params
+
+
+def positive(numbers: Any, dtype: Any) -> None:
+    """That the numbers, in host memory, are those of a surrogate that has a name."""
+    for name, x in numbers.items():
+        real(f"{SURROGATE}{name}", x, dtype)
 
 
 def state(params: SLIFParams, value: Any) -> SLIFState:

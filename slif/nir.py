@@ -19,6 +19,7 @@ except ImportError as error:
 
 __all__ = ["from_nir", "to_nir"]
 
+MAX_UNITS = 2**31 - 1
 MECHANISMS = ("thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights")
 
 
@@ -41,7 +42,8 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: something would be lost and `strict` is set; the message lists it all. Or thresholds are batched.
+        ValueError: something would be lost and `strict` is set; the message lists it all. Or thresholds are batched, or
+            a number is out of range or not finite.
 
     Source: Pedersen et al. (2024), Neuromorphic intermediate representation, Nature Communications 15.
 
@@ -51,17 +53,17 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
         >>> to_nir(params, dt=1.0).tau
         array([0.02, 0.02, 0.02])
     """
-    params = _check.params(params)
+    params = _check.host(_check.params(params))
     strict = _check.flag("strict", strict)
     dtype = params.thr.dtype
-    dt = _wide(_check.scalar("dt", dt, dtype)).astype(dtype)
+    dt = _time_step(dt, np.promote_types(dtype, np.float32))
     if params.thr.ndim != 1:
         raise ValueError(f"thr: expected shape [N], got shape {params.thr.shape}; NIR has no batches")
     leaves = {name: _wide(getattr(params, name)) for name in MECHANISMS if getattr(params, name) is not None}
-    lost = _lost(params, leaves, dt)
+    lost = _lost(params, leaves, dt.astype(dtype))
     if lost and strict:
         raise ValueError(f"params: NIR has no {', no '.join(lost)}; strict=False keeps them in the metadata")
-    kept: dict[str, Any] = _surrogate_metadata(params.surrogate)
+    kept: dict[str, Any] = _surrogate_metadata(params.surrogate, dtype)
     if lost:
         warnings.warn(f"other libraries will run this node without {', '.join(lost)}", UserWarning, stacklevel=2)
         if params.refract_time is not None:
@@ -113,8 +115,10 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
     """
     if not isinstance(node, nir.LIF):
         raise TypeError(f"node: expected a nir.LIF, got {type(node).__name__}")
-    dt = _wide(_check.scalar("dt", dt, np.float32))
-    fields = {name: np.asarray(getattr(node, name)) for name in ("tau", "r", "v_leak", "v_threshold", "v_reset")}
+    dt = _time_step(dt, np.float32)
+    if n_units is not None:
+        n_units = _check.size("n_units", n_units, 1)
+    fields = {name: _field(node, name) for name in ("tau", "r", "v_leak", "v_threshold", "v_reset")}
     for name in ("v_leak", "v_reset"):
         if fields[name].any():
             raise ValueError(f"{name}: expected 0, which the cell rests at and resets to, got {fields[name]}")
@@ -122,9 +126,14 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
     if thr.ndim == 0:
         if n_units is None:
             raise ValueError("n_units: expected an int for a node of scalars, got None")
-        thr = np.broadcast_to(thr, (_check.size("n_units", n_units, 1),))
-    if thr.ndim != 1 or n_units not in (None, thr.size):
+        if n_units > MAX_UNITS:
+            raise ValueError(f"n_units: expected an int up to {MAX_UNITS}, got {n_units}")
+        thr = np.broadcast_to(thr, n_units)
+    if thr.ndim != 1 or not thr.size or n_units not in (None, thr.size):
         raise ValueError(f"v_threshold: expected shape ({n_units or 'N'},), got shape {thr.shape}")
+    for name in ("tau", "r"):
+        if fields[name].shape != fields["v_threshold"].shape:
+            raise ValueError(f"{name}: expected the shape of v_threshold, got shape {fields[name].shape}")
     dtype = jax.dtypes.canonicalize_dtype(thr.dtype if thr.dtype.kind == "f" else np.float32)
     kept = _mapping(node.metadata, "slif")
     leaves: dict[str, Any] = {
@@ -134,8 +143,26 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
         **_kept_params(kept, dt),
     }
     flags: dict[str, Any] = {name: _check.flag(name, leaves.pop(name, False)) for name in FLAGS}
-    leaves = {name: _check.put(np.asarray(_check.real(name, x, dtype)), dtype) for name, x in leaves.items()}
-    return _check.params(SLIFParams(**leaves, **flags, surrogate=_kept_surrogate(kept)))
+    leaves = {name: np.asarray(_check.real(name, jax.device_get(x), dtype)).astype(dtype) for name, x in leaves.items()}
+    return _check.params(SLIFParams(**leaves, **flags, surrogate=_kept_surrogate(kept, dtype)))
+
+
+def _field(node: nir.LIF, name: str) -> np.ndarray:
+    value = getattr(node, name)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
+    if not _check.is_real(array.dtype):
+        raise TypeError(f"{name}: expected an array of real numbers, got {value!r}")
+    return array
+
+
+def _time_step(dt: Any, dtype: Any) -> np.ndarray:
+    """In host memory; one that was on a device is looked at there."""
+    dt = _wide(_check.scalar("dt", dt, dtype))
+    _check.real("dt", dt, dtype)
+    return dt
 
 
 def _wide(value: Any) -> np.ndarray:
@@ -164,7 +191,7 @@ def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> 
     return lost
 
 
-def _surrogate_metadata(surrogate: Surrogate) -> dict[str, Any]:
+def _surrogate_metadata(surrogate: Surrogate, dtype: Any) -> dict[str, Any]:
     numbers = {name: np.asarray(jax.device_get(x)) for name, x in surrogate.numbers.items()}
     default = {name: np.asarray(x) for name, x in secant().numbers.items()}
     static = surrogate.replace(numbers={}) == secant().replace(numbers={})
@@ -175,26 +202,36 @@ def _surrogate_metadata(surrogate: Surrogate) -> dict[str, Any]:
     except ValueError:
         return {}
     numbers = {name: _wide(x)[()] for name, x in numbers.items()}
+    _check.positive(numbers, dtype)
     return {"surrogate": {"kind": kind, "detach_reset": surrogate.detach_reset, "numbers": numbers}}
 
 
-def _kept_surrogate(kept: dict[str, Any]) -> Surrogate:
+def _kept_surrogate(kept: dict[str, Any], dtype: Any) -> Surrogate:
     if "surrogate" not in kept:
         return secant()
     told = _mapping(kept, "surrogate")
-    return named(told.get("kind"), _mapping(told, "numbers"), told.get("detach_reset"))
+    numbers = jax.device_get(_mapping(told, "numbers"))
+    surrogate = named(told.get("kind"), numbers, told.get("detach_reset"))
+    _check.positive(numbers, dtype)
+    return surrogate
 
 
 def _kept_params(kept: dict[str, Any], dt: np.ndarray) -> dict[str, Any]:
     params = _mapping(kept, "params")
-    if unknown := sorted(set(params) - {*MECHANISMS, *FLAGS, "refract_time"}):
-        raise ValueError(f"metadata: expected names among {', '.join(MECHANISMS)}, got {', '.join(unknown)}")
-    if set(params) & set(MECHANISMS) and np.float32(kept.get("dt", np.nan)) != dt:
-        raise ValueError(f"dt: expected {kept.get('dt')}, by whose steps the terms kept in the metadata go, got {dt}")
+    known = (*MECHANISMS, "refract_time", *FLAGS)
+    if unknown := [name for name in params if name not in known]:
+        raise ValueError(f"metadata: expected names among {', '.join(known)}, got {unknown}")
+    if set(params) & set(MECHANISMS):
+        told: Any = kept.get("dt")
+        number = isinstance(told, int | float | np.number) and _check.is_real(np.asarray(told).dtype)
+        if not (number and abs(float(told) - float(dt)) <= 1e-6 * float(dt)):
+            raise ValueError(f"dt: expected {told}, by whose steps the terms kept in the metadata go, got {dt}")
     return params
 
 
-def _mapping(parent: dict[str, Any], name: str) -> dict[str, Any]:
+def _mapping(parent: Any, name: str) -> dict[str, Any]:
+    if not isinstance(parent, dict):
+        raise ValueError(f"metadata: expected a dict, got {parent!r}")
     value = parent.get(name, {})
     if not isinstance(value, dict):
         raise ValueError(f"metadata: expected a dict {name}, got {value!r}")

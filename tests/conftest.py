@@ -9,11 +9,15 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 import slif
 
 # The whole suite runs so: the package aligns every [N] with [..., N] itself.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A busy machine is no fault of what it tests.
+settings.register_profile("slif", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("slif")
 
 FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
 RECORDS = (*FIELDS, "s_packed", "spike_count", "first_spike_time")

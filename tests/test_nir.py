@@ -1,5 +1,6 @@
 """NIR: a plain cell goes out and comes back whole, nothing is lost in silence, and others run it to the same spikes."""
 
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -74,11 +75,13 @@ def test_numbers_of_each_unit():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_other_dtypes(dtype, tmp_path):
+    """With a step that none of them holds exactly."""
     with enable_x64():
-        params = make_params("everything", dtype=dtype, surrogate=slif.arctan())
+        params = make_params("everything", surrogate=slif.arctan())
+        params = jax.tree.map(lambda x: jax.device_put(np.asarray(x).astype(dtype)), params)
         with pytest.warns(UserWarning, match="thr_gain"):
-            node = to_nir(params, dt=0.25, strict=False)
-        back = from_nir(through_a_file(node, tmp_path / "a.nir"), dt=0.25)
+            node = to_nir(params, dt=0.1, strict=False)
+        back = from_nir(through_a_file(node, tmp_path / "a.nir"), dt=0.1)
         wide = jnp.promote_types(dtype, jnp.float32)
         assert back.thr.dtype == wide
         rtol = 1e-15 if dtype == "float64" else 0
@@ -143,6 +146,14 @@ def lif(n=2, **fields):
     return nir.LIF(**fields, metadata=metadata)
 
 
+def kept(dt=DT, **params):
+    return {"slif": {"params": params, "dt": dt}}
+
+
+def kept_alpha(alpha):
+    return {"slif": {"surrogate": {"kind": "arctan", "numbers": {"alpha": alpha}, "detach_reset": True}}}
+
+
 def test_nodes_of_others():
     params = from_nir(lif((), metadata={"made by": "another"}), dt=DT, n_units=3)
     assert params.thr.shape == (3,)
@@ -159,39 +170,91 @@ def test_nodes_of_others():
     [
         (lif(v_leak=0.1), ValueError, "v_leak"),
         (lif(v_reset=[0.0, -0.1]), ValueError, "v_reset"),
-        (lif((2, 3)), ValueError, "v_threshold: expected shape"),
+        (lif((2, 3)), ValueError, "v_threshold"),
         (lif(()), ValueError, "n_units"),
         (lif(tau=0.0), ValueError, "tau_m"),
         (lif(tau=np.nan), ValueError, "tau_m"),
+        (lif(r=np.inf), ValueError, "resist_m"),
+        (lif(v_threshold=np.nan), ValueError, "thr"),
+        (lif(v_threshold=-np.inf), ValueError, "thr"),
+        (lif(v_leak=np.nan), ValueError, "v_leak"),
+        (lif((0,)), ValueError, "v_threshold"),
+        (lif(metadata=None), ValueError, "metadata"),
+        (lif(metadata={"slif": {"params": 3}}), ValueError, "metadata"),
+        (lif(metadata={"slif": {"params": {3: 3}}}), ValueError, "metadata"),
+        (lif(metadata={"slif": {"surrogate": {"kind": "arctan", "numbers": 2}}}), ValueError, "metadata"),
         (lif(metadata={"slif": 3}), ValueError, "metadata"),
         (lif(metadata={"slif": {"params": {"more": 1}}}), ValueError, "metadata"),
         (lif(metadata={"slif": {"params": {"sticky_spikes": "no"}}}), TypeError, "sticky_spikes"),
         (lif(metadata={"slif": {"params": {"inh_weights": np.ones(3)}, "dt": DT}}), ValueError, "inh_weights"),
         (lif(metadata={"slif": {"surrogate": {"kind": "other"}}}), ValueError, "surrogate"),
-        (nir.LI(*(np.ones(2) for _ in range(3))), TypeError, "node: expected a nir.LIF, got LI"),
-        (nir.NIRGraph.from_list(lif()), TypeError, "got NIRGraph"),
+        *(
+            (lif(metadata=kept_alpha(x)), ValueError, "surrogate.alpha")
+            for x in (0.0, -1.0, np.nan, jnp.float32(-1), 1e-50)
+        ),
+        *((lif(metadata=kept_alpha(x)), TypeError, "surrogate.alpha") for x in ("2", None, [[1.0], [2.0, 3.0]])),
+        *((lif(metadata=kept(refract_time=x)), ValueError, "refract_time") for x in (-1.0, np.nan, jnp.float32(-1))),
+        *((lif(metadata=kept(rho_b=x)), ValueError, "rho_b") for x in (np.inf, np.ones(2), jnp.float32(jnp.nan))),
+        *((lif(metadata=kept(thr_gain=x)), TypeError, "thr_gain") for x in ("1", None, 1j, np.timedelta64(1, "s"))),
+        *((lif(metadata=kept(thr_gain=1.0, dt=x)), ValueError, "dt") for x in (None, "1", [1.0], np.ones(1), 10**400)),
+        (nir.LI(*(np.ones(2) for _ in range(3))), TypeError, "node"),
+        (nir.NIRGraph.from_list(lif()), TypeError, "node"),
         (None, TypeError, "node"),
     ],
 )
 def test_a_node_that_does_not_fit(node, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"^{message}: expected .+, got "):
         from_nir(node, dt=DT)
 
 
+@pytest.mark.parametrize("name", ["tau", "r", "v_leak", "v_threshold", "v_reset"])
+def test_a_field_that_is_no_array_of_numbers(name):
+    for value in (
+        None,
+        "0.1",
+        object(),
+        [[1.0], [2.0, 3.0]],
+        np.ones(2, complex),
+        np.ones(2, "m8[s]"),
+        jax.random.key(0),
+    ):
+        node = lif()
+        setattr(node, name, value)
+        with pytest.raises(TypeError, match=f"^{name}: expected an array of real numbers, got "):
+            from_nir(node, dt=DT)
+
+
 def test_bad_arguments():
-    params = make_params()
-    with pytest.raises(ValueError, match="dt"):
-        to_nir(params, dt=-1.0)
-    with pytest.raises(ValueError, match="dt"):
-        from_nir(lif(), dt=0.0)
-    with pytest.raises(TypeError, match="strict"):
-        to_nir(params, dt=DT, strict="no")
-    with pytest.raises(TypeError, match="params"):
-        to_nir(lif(), dt=DT)
-    with pytest.raises(ValueError, match="thr"):
-        to_nir(params.replace(thr=jnp.ones((3, N_UNITS))), dt=DT)
-    with pytest.raises(ValueError, match="v_threshold"):
-        from_nir(lif(), dt=DT, n_units=3)
+    params, scalar = make_params(), lif(())
+    cases = [
+        *(("params", TypeError, lambda x=x: to_nir(x, dt=DT)) for x in (None, lif(), {}, 3)),
+        *(("strict", TypeError, lambda x=x: to_nir(params, dt=DT, strict=x)) for x in (None, "no", 1)),
+        *(("node", TypeError, lambda x=x: from_nir(x, dt=DT)) for x in (None, params, "a.nir")),
+    ]
+    for error, values in {
+        TypeError: (None, "1", 1j, True, object(), [[1.0], [2.0, 3.0]], np.timedelta64(1, "s"), 10**400),
+        ValueError: (0, -1.0, np.nan, np.inf, np.ones(2), jnp.ones(1), jnp.float32(-1), jnp.float32(jnp.nan)),
+    }.items():
+        cases += [("dt", error, lambda x=x: to_nir(params, dt=x)) for x in values]
+        cases += [("dt", error, lambda x=x: from_nir(lif(), dt=x)) for x in values]
+    for node in (lif(), scalar):
+        types = ("3", 2.0, True, [3], np.ones(1), np.timedelta64(3, "s"))
+        cases += [("n_units", TypeError, lambda x=x, node=node: from_nir(node, dt=DT, n_units=x)) for x in types]
+        cases += [("n_units", ValueError, lambda x=x, node=node: from_nir(node, dt=DT, n_units=x)) for x in (0, -1)]
+    cases += [("n_units", ValueError, lambda x=x: from_nir(scalar, dt=DT, n_units=x)) for x in (None, 2**40, 10**400)]
+    cases += [("v_threshold", ValueError, lambda: from_nir(lif(), dt=DT, n_units=3))]
+    for name, value in (("thr", jnp.ones((3, N_UNITS))), ("tau_m", jnp.float32(-1)), ("resist_m", jnp.float32(np.nan))):
+        cases += [(name, ValueError, functools.partial(to_nir, params.replace(**{name: value}), dt=DT))]
+    slope = params.replace(surrogate=slif.arctan(jnp.float32(-2)))
+    cases += [("surrogate.alpha", ValueError, lambda: to_nir(slope, dt=DT))]
+    for name, error, call in cases:
+        with pytest.raises(error, match=f"^{name}: expected .+, got "):
+            call()
+
+
+def test_a_unit_that_never_fires(tmp_path):
+    params = make_params().replace(thr=jnp.full(N_UNITS, jnp.inf))
+    assert_same(from_nir(through_a_file(to_nir(params, dt=DT), tmp_path / "a.nir"), dt=DT), params)
 
 
 # --- a Flax model as a graph, as the guides have it ---
