@@ -6,6 +6,7 @@ A stored array has the name of its parameter behind a prefix that tells its kind
     fixed_thr         drawn once and not trained
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,15 +56,29 @@ def switch_on(hyper: Mapping[str, Any], learn: Iterable[str]) -> dict[str, Any]:
     hyper = dict(hyper)
     for name in set(learn) - {"inh_weights"}:
         value = hyper[name]
-        if KINDS[name] == "logscale" and not isinstance(value, jax.Array) and np.any(np.asarray(value) == 0):
-            raise ValueError(f"{name}: expected a value other than 0 to start learning from, got {value!r}")
+        if KINDS[name] == "logscale":
+            given = _check.real(name, value)
+            if not isinstance(given, jax.Array) and (given == 0).any():
+                raise ValueError(f"{name}: expected a value other than 0 to start learning from, got {value!r}")
         hyper[name] = np.float32(0) if is_off(value) else value
     return hyper
 
 
-def watch(hyper: Mapping[str, Any], dt: Any) -> None:
-    """Warns of a dt that is too long, when a layer is made: under jit its parameters are traced."""
-    _warn.euler(_check.real("tau_m", hyper["tau_m"]), _check.number("dt", dt, np.float64))
+def watch(features: Any, hyper: Mapping[str, Any], dt: Any) -> np.dtype:
+    """Warns of what is known when a layer is made, as under jit its parameters are traced; returns its dtype."""
+    _check.size("features", features, 1)
+    _check.countable("features", features, 1 if is_off(hyper["resist_inh"]) else features)
+    dtype = _check.requested("dtype", hyper["dtype"])
+    dt = _check.number("dt", dt, dtype)
+    for name, worst, warn in (
+        ("tau_m", np.min, _warn.euler),
+        ("refract_time", np.max, functools.partial(_warn.clock, dtype=dtype)),
+    ):
+        value = _check.real(name, hyper[name], dtype)
+        _check.shaped(name, value.shape, features)
+        if not isinstance(value, jax.Array):
+            warn(worst(value), dt)
+    return dtype
 
 
 def stored_names(hyper: Mapping[str, Any], learn: Iterable[str]) -> list[str]:
@@ -79,7 +94,8 @@ def stored_values(key: Array, features: int, hyper: Mapping[str, Any], names: It
     """Initial values, in float32 or wider so that small steps of an optimiser do not round away."""
     params = init_params(key, features, **{**hyper, "dtype": _wide(_check.floating("dtype", hyper["dtype"]))})
     values = {name: getattr(params, name.partition("_")[2]) for name in names}
-    return {name: jnp.zeros_like(x) if name.startswith("logscale_") else x for name, x in values.items()}
+    with _check.transfers():
+        return {name: jnp.zeros_like(x) if name.startswith("logscale_") else x for name, x in values.items()}
 
 
 def given_params(features: int, hyper: Mapping[str, Any]) -> SLIFParams:
@@ -89,7 +105,7 @@ def given_params(features: int, hyper: Mapping[str, Any]) -> SLIFParams:
     _check.shaped("thr", thr.shape, features, _check.Rule())
     mechanisms = ("refract_time", "thr_gain", "thr_leak", "rho_b", "resist_inh")
     return SLIFParams(
-        thr=jnp.broadcast_to(jnp.asarray(thr, _wide(dtype)).astype(dtype), (features,)),
+        thr=jnp.broadcast_to(_check.put(thr, _wide(dtype)).astype(dtype), (features,)),
         surrogate=secant() if hyper["surrogate"] is None else hyper["surrogate"],
         **{name: hyper[name] for name in ("tau_m", "resist_m", *_check.FLAGS)},
         **{name: hyper[name] for name in mechanisms if not is_off(hyper[name])},
@@ -102,7 +118,8 @@ def assemble(given: SLIFParams, stored: Mapping[str, Array]) -> SLIFParams:
     for key, value in stored.items():
         kind, _, name = key.partition("_")
         if kind == "logscale":
-            value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(jnp.clip(value, -BOUND, BOUND))
+            with _check.transfers():
+                value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(jnp.clip(value, -BOUND, BOUND))
         elif kind == "fixed":
             value = lax.stop_gradient(value)
         leaves[name] = value.astype(dtype)
@@ -110,37 +127,56 @@ def assemble(given: SLIFParams, stored: Mapping[str, Array]) -> SLIFParams:
 
 
 def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
-    _check_features(input_shape, params.n_units)
-    # One count a row: `RNN` picks the last carry of each row by its sequence length.
-    return init_state(params, input_shape[:-1]), jnp.zeros(input_shape[:-1], jnp.int32)
+    if not isinstance(input_shape, tuple | list):
+        raise TypeError(f"input_shape: expected a tuple of ints, got {input_shape!r}")
+    *batch, features = [_check.size("input_shape", n, 0) for n in input_shape] or [None]
+    if features != params.n_units:
+        raise ValueError(f"input_shape: expected (..., {params.n_units}), got {input_shape}")
+    _check.countable("input_shape", *input_shape)
+    with _check.transfers():
+        # One count a row: `RNN` picks the last carry of each row by its sequence length.
+        return init_state(params, tuple(batch)), jnp.zeros(batch, jnp.int32)
 
 
-def _own_thresholds(params: SLIFParams, state: SLIFState, learned: bool) -> SLIFState:
+def _own_thresholds(params: SLIFParams, state: SLIFState, learned: bool, name: str) -> SLIFState:
     """The state with the thresholds of params, where they are learned and do not adapt: a step compares with these."""
     if not (learned and params.thr_gain is params.thr_leak is params.rho_b is None):
         return state
+    _check.signature(params, state, name)
     return alike(reset(params, state, fields=("thr",)))
 
 
 def run_cell(
     params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array, *, learned_thr: bool
 ) -> tuple[Carry, Array]:
-    state, count = carry
-    params, state = _check.values(params), _own_thresholds(params, _check.fields(state), learned_thr)
+    params = _check.values(params)
+    if not isinstance(carry, tuple | list) or len(carry) != 2:
+        raise TypeError(f"carry: expected a pair of an SLIFState and the count of steps, got {type(carry).__name__}")
+    state, count = _check.fields(carry[0], "carry[0]"), _count(carry[1])
+    state = _own_thresholds(params, state, learned_thr, "carry[0]")
     dt = _check.number("dt", dt, params.thr.dtype)
+    inputs = _check.array("inputs", inputs, "an array of real numbers", params.thr.dtype)
     with _check.transfers():
-        return _run_cell(params, dt, (state, count), _check.array("inputs", inputs, "an array of real numbers"))
+        return _run_cell(params, dt, (state, count), inputs)
+
+
+def _count(value: Any) -> Array | np.ndarray:
+    count = _check.array("carry[1]", value, "an array of step counts")
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        raise TypeError(f"carry[1]: expected an array of step counts, got dtype {count.dtype}")
+    if not isinstance(count, jax.Array) and not (count == count.astype(np.int32)).all():
+        raise ValueError(f"carry[1]: expected step counts within int32, got {count.max()}")
+    return count
 
 
 @jax.jit
 def _run_cell(params: SLIFParams, dt: Array, carry: Carry, inputs: Array) -> tuple[Carry, Array]:
     state, count = carry
-    _check.signature(params, state)
-    _check.scalars(dt=dt)
-    _check_features(inputs.shape, params.n_units)
-    _check.current("inputs", inputs, state.v.shape)
+    _check.signature(params, state, "carry[0]")
     if count.shape != state.v.shape[:-1]:
-        raise ValueError(f"carry: expected a step count of shape {state.v.shape[:-1]}, got shape {count.shape}")
+        raise ValueError(f"carry[1]: expected a step count of shape {state.v.shape[:-1]}, got shape {count.shape}")
+    _check.scalars(dt=dt)
+    _check.current("inputs", inputs, state.v.shape)
     params, state, currents, _ = follow(params, state, inputs[None])
     dtype = params.thr.dtype
     dt = jnp.asarray(dt).astype(dtype)
@@ -163,25 +199,29 @@ def run_sequence(
     return_state: bool,
     **options: Any,
 ) -> Any:
-    if np.ndim(x) < 2:
-        raise ValueError(f"x: expected a time axis and a last axis of {params.n_units} features, got {np.shape(x)}")
-    _check_features(np.shape(x), params.n_units)
-    time = 0 if time_major else x.ndim - 2
-    currents = jnp.moveaxis(x, time, 0)
+    x = _check.array("x", x, "an array of real numbers", params.thr.dtype)
+    if x.ndim < 2 or x.shape[-1] != params.n_units:
+        raise ValueError(f"x: expected a time axis and a last axis of {params.n_units} features, got shape {x.shape}")
+    _check.current("x", x, x.shape)
+    return_state = _check.flag("return_state", return_state)
+    time = 0 if _check.flag("time_major", time_major) else x.ndim - 2
+    with _check.transfers():
+        currents = jnp.moveaxis(x, time, 0)
+        if valid is not None:
+            _check.mask("valid", _check.array("valid", valid, "a boolean array"), x.shape[:-1])
+            valid = jnp.moveaxis(valid, time, 0)
     if initial_state is None:
         state = init_state(params, currents.shape[1:-1])
     else:
-        state = _own_thresholds(params, initial_state, learned_thr)
-    valid = valid if valid is None else jnp.moveaxis(valid, time, 0)
+        _check.signature(params, _check.fields(initial_state, "initial_state"), "initial_state")
+        if initial_state.v.shape != currents.shape[1:]:
+            shapes = f"{currents.shape[1:]}, got shape {initial_state.v.shape}"
+            raise ValueError(f"initial_state: expected fields of shape {shapes}")
+        state = _own_thresholds(params, initial_state, learned_thr, "initial_state")
     state, out = simulate(params, state, currents, dt=dt, record=record, valid=valid, **options)
     out = {name: y if y.ndim < x.ndim else jnp.moveaxis(y, 0, time) for name, y in out.items()}
     result = out["s"] if tuple(out) == ("s",) else out
     return (result, state) if return_state else result
-
-
-def _check_features(shape: tuple[int, ...], features: int) -> None:
-    if shape[-1:] != (features,):
-        raise ValueError(f"features: the layer has {features}, got inputs of shape {shape}")
 
 
 def _wide(dtype: Any) -> Any:

@@ -168,8 +168,8 @@ def init_params(
         >>> params.thr
         Array([0.4, 0.4, 0.4], dtype=float32)
     """
-    n_units, dtype = _check.size("n_units", n_units, 1), _check.floating("dtype", dtype)
-    _check.key(key)
+    n_units, dtype = _check.size("n_units", n_units, 1), _check.requested("dtype", dtype)
+    key = _check.key(key)
     numbers = {"tau_m": tau_m, "resist_m": resist_m, "thr": thr}
     mechanisms = {"refract_time": refract_time, "thr_gain": thr_gain, "thr_leak": thr_leak}
     mechanisms |= {"rho_b": rho_b, "resist_inh": resist_inh}
@@ -177,18 +177,22 @@ def init_params(
     numbers = {name: _check.real(name, x, dtype) for name, x in numbers.items()}
     for name, x in numbers.items():
         _check.shaped(name, x.shape, n_units, _check.Rule() if name == "thr" else None)
+    _check.countable("n_units", n_units, n_units if "resist_inh" in numbers else 1)
+
+    width = _check.scalar("thr_jitter", thr_jitter, jnp.float32)
+    _check.spread("thr_jitter", thr_jitter, thr, dtype)
+    _warn.jitter(thr, thr_jitter)
 
     draw = jnp.promote_types(dtype, jnp.float32)
-    key, k = jax.random.split(key)
     inh_weights = None
-    if "resist_inh" in numbers:
-        inh_weights = jax.random.uniform(k, (n_units, n_units), jnp.float32, 0.025, 1.0).astype(dtype)
-        inh_weights = jnp.where(jnp.eye(n_units, dtype=bool), 0, inh_weights)
-    key, k = jax.random.split(key)
-    width = _check.scalar("thr_jitter", thr_jitter, jnp.float32)
-    _warn.jitter(thr, thr_jitter)
-    jitter = jax.random.uniform(k, (1, n_units), jnp.float32, -width, width)[0]
-    numbers["thr"] = (_check.put(numbers["thr"], draw) + jitter.astype(draw)).astype(dtype)
+    with _check.transfers():
+        key, k = jax.random.split(key)
+        if "resist_inh" in numbers:
+            inh_weights = jax.random.uniform(k, (n_units, n_units), jnp.float32, 0.025, 1.0).astype(dtype)
+            inh_weights = jnp.where(jnp.eye(n_units, dtype=bool), 0, inh_weights)
+        key, k = jax.random.split(key)
+        jitter = jax.random.uniform(k, (1, n_units), jnp.float32, -width, width)[0]
+        numbers["thr"] = (_check.put(numbers["thr"], draw) + jitter.astype(draw)).astype(dtype)
 
     params = _check.params(
         SLIFParams(
@@ -199,8 +203,9 @@ def init_params(
             thr_persist=_check.flag("thr_persist", thr_persist),
         )
     )
-    if not isinstance(numbers["tau_m"], Array):
-        _warn.made(params.tau_m, float(np.min(numbers["tau_m"])))
+    for name, worst in (("tau_m", np.min), ("refract_time", np.max)):
+        if not isinstance(numbers.get(name, params.thr), Array):
+            _warn.made(getattr(params, name), float(worst(numbers[name])))
     return params
 
 
@@ -243,6 +248,7 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
 def _init_state(params: SLIFParams, batch: tuple[Any, ...]) -> SLIFState:
     _check.signature(params)
     shape = (*batch, params.n_units)
+    _check.countable("batch_shape", *shape)
     if not _check.broadcasts(params.thr.shape, shape):
         raise ValueError(f"batch_shape: expected one that params.thr {params.thr.shape} broadcasts to, got {batch}")
     return _rest(params, shape)
@@ -304,8 +310,10 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
     params, state = _check.values(params), _check.fields(state)
     t, dt = (_check.number(name, x, params.thr.dtype) for name, x in (("t", t), ("dt", dt)))
     _warn.euler(params.tau_m, dt)
+    _warn.clock(params.refract_time, dt, params.thr.dtype)
+    j = _check.array("j", j, "an array of real numbers", params.thr.dtype)
     with _check.transfers():
-        return _step(params, state, _check.array("j", j, "an array of real numbers"), t, dt)
+        return _step(params, state, j, t, dt)
 
 
 @jax.jit
@@ -391,9 +399,7 @@ def detach(state: SLIFState) -> SLIFState:
         >>> jax.grad(lambda v: detach(state.replace(v=v)).v.sum())(state.v)
         Array([0.], dtype=float32)
     """
-    if not isinstance(state, SLIFState):
-        raise TypeError(f"state: expected SLIFState, got {type(state).__name__}")
-    return lax.stop_gradient(state)
+    return lax.stop_gradient(_check.fields(state))
 
 
 def describe() -> dict[str, Any]:

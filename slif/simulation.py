@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -81,23 +80,14 @@ def simulate(
         t0=_check.number("t0", t0, dtype),
         valid=valid,
         record=_check.names("record", record, RECORDS),
-        spike_dtype=_spike_dtype(dtype if spike_dtype is None else spike_dtype),
+        spike_dtype=_check.spike_dtype(spike_dtype, dtype),
         checkpoint_every=None if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every, 1),
     )
     _warn.euler(params.tau_m, request.dt)
-    currents = _check.array("currents", currents, "an array of real numbers")
+    _warn.clock(params.refract_time, request.dt, dtype)
+    currents = _check.array("currents", currents, "an array of real numbers", dtype)
     with _check.transfers():
-        return _simulate(params, state, currents, request, implementation)
-
-
-def _spike_dtype(dtype: DTypeLike) -> np.dtype:
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-    except TypeError:
-        raise TypeError(f"spike_dtype: expected a dtype, got {dtype!r}") from None
-    if not (_check.is_real(dtype) or dtype == np.dtype(bool)):
-        raise TypeError(f"spike_dtype: expected bool, an integer or a floating dtype, got {dtype}")
-    return dtype
+        return _simulate(params, state, currents, request, _check.implementation(implementation))
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -119,6 +109,10 @@ def _simulate(
     if currents.shape[0] > 0:  # a frozen row would pass on gradients of fields that have none
         having = ("s", "j") if estimated else ("s", "j", "v", "thr")
         state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in having})
+    if request.checkpoint_every is not None and not elementwise and not isinstance(currents.shape[0], int):
+        raise ValueError(
+            f"checkpoint_every: expected None, or currents of a known length, got T = {currents.shape[0]}"
+        )
     loop = choose(implementation, params, currents, request, constant=elementwise)
     if not elementwise:
         return loop(params, state, currents, request)

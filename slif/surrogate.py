@@ -15,6 +15,8 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
+from slif._host import is_real, numbers, plain, put, shown, stored, transfers
+
 
 def _sech(x: Array) -> Array:
     # 1 / cosh overflows from |x| = 89 on in float32; this form only underflows, to 0.
@@ -30,7 +32,7 @@ class _Secant:
     def __call__(self, i: Array, c1: Array, c2: Array) -> Array:
         h = _sech(c2 * i)
         h = h * h if self.squared else h
-        h = c1 * c2 * h if self.scaled else h
+        h = c2 * h * c1 if self.scaled else h  # c1 * c2 may overflow, and inf * 0 is NaN
         return jnp.where(i > 0, h, 0)
 
 
@@ -53,8 +55,13 @@ class Surrogate(struct.PyTreeNode):
     detach_reset: bool = struct.field(pytree_node=False, default=True)
 
     def __call__(self, x: ArrayLike) -> Array:
-        x = jnp.asarray(x)
-        return self.slope(x, **{name: jnp.asarray(number, x.dtype) for name, number in self.numbers.items()})
+        x, own, arguments = _floating(x), has_bounds(self), dict(self.numbers)
+        for name, number in arguments.items():
+            if not isinstance(number, jax.Array):
+                number = stored(f"surrogate {name}", numbers(f"surrogate {name}", number), x.dtype, normal=own)
+            arguments[name] = put(number, x.dtype).astype(x.dtype)
+        with transfers():
+            return self.slope(x, **arguments)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surrogate):
@@ -77,21 +84,46 @@ class Surrogate(struct.PyTreeNode):
         return self.slope, self.wrt, self.detach_reset
 
 
-def _positive(numbers: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
-    for name, number in numbers.items():
+def _floating(x: Any) -> Array:
+    """x on the device; integers and bools as floats, lest the slope be computed in integers."""
+    if isinstance(x, jax.Array):
+        if not (is_real(x.dtype) or x.dtype == bool):
+            raise TypeError(f"x: expected real numbers, got dtype {x.dtype}")
+    elif type(x) in (bool, int, float):
+        return jax.device_put(float(numbers("x", float(x) if type(x) is bool else x)))  # of a weak type, as they are
+    elif isinstance(x, np.bool_ | np.ndarray) and x.dtype == bool:
+        x = plain("x", np.asarray(x))
+    else:
+        x = numbers("x", x)
+    wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype if wide else np.float64)
+    return put(x, dtype).astype(dtype)
+
+
+def _positive(given: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
+    """The numbers as floats; those on a device are not read back."""
+    checked: dict[str, ArrayLike] = {}
+    for name, number in given.items():
         if isinstance(number, jax.Array):
-            continue  # never read back from the device
-        value = np.asarray(number)
-        if value.dtype.kind not in "iuf":
-            raise TypeError(f"{name}: expected a positive number, got {number!r}")
+            if not is_real(number.dtype):
+                raise TypeError(f"{name}: expected a positive number, got dtype {number.dtype}")
+            checked[name] = number
+            continue
+        value = numbers(name, number).astype(np.float64)
         if not (np.isfinite(value) & (value > 0)).all():
-            raise ValueError(f"{name}: expected a positive, finite number, got {number!r}")
-    return numbers
+            raise ValueError(f"{name}: expected a positive, finite number, got {shown(number)}")
+        checked[name] = float(value) if isinstance(number, int | float) else value
+    return checked
+
+
+def has_bounds(surrogate: Surrogate) -> bool:
+    """Whether the numbers are those of a slope of this module, which have to be positive."""
+    return getattr(surrogate.slope, "__module__", None) == __name__
 
 
 def _flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
+        raise TypeError(f"{name}: expected a bool, got {shown(value)}")
     return bool(value)
 
 
@@ -191,7 +223,7 @@ def sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surrogate:
 def _arctan(x: Array, alpha: Array) -> Array:
     # Past this bound the slope is below the smallest number, and the square would overflow in its own derivative.
     bound = math.sqrt(float(jnp.finfo(x.dtype).max)) / 4
-    y = jnp.clip(math.pi / 2 * alpha * x, -bound, bound)
+    y = jnp.clip(math.pi / 2 * (alpha * x), -bound, bound)
     return alpha / 2 / (1 + y * y)
 
 
