@@ -110,9 +110,7 @@ def _simulate(
         having = ("s", "j") if estimated else ("s", "j", "v", "thr")
         state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in having})
     if request.checkpoint_every is not None and not elementwise and not isinstance(currents.shape[0], int):
-        raise ValueError(
-            f"checkpoint_every: expected None, or currents of a known length, got T = {currents.shape[0]}"
-        )
+        raise ValueError(f"checkpoint_every: expected None, or currents of a known length, got T = {currents.shape[0]}")
     loop = choose(implementation, params, currents, request, constant=elementwise)
     if not elementwise:
         return loop(params, state, currents, request)
