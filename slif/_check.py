@@ -118,24 +118,34 @@ def fields(state: Any, name: str = "state") -> SLIFState:
     """A state whose every leaf is an array."""
     if not isinstance(state, SLIFState):
         raise TypeError(f"{name}: expected SLIFState, got {type(state).__name__}")
-    for field, x in vars(state).items():
-        if not isinstance(x, jax.Array):
-            array(f"{name}.{field}", x)
-    return state
+    given = {field: x for field, x in vars(state).items() if not isinstance(x, jax.Array)}
+    if not given:
+        return state
+    return state.replace(**{field: cast(array(f"{name}.{field}", x)) for field, x in given.items()})
 
 
-def array(name: str, value: Any, kind: str = "an array", dtype: Any = None) -> Any:
-    """An array of numbers or bools as it is, but for integers from the host that JAX would cut: those in the dtype."""
+def array(name: str, value: Any, kind: str = "an array") -> Any:
+    """An array of numbers or bools."""
     if isinstance(value, jax.Array):
         return value
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name}: expected {kind}, got {shown(value)}")
     if not (is_real(plain(name, value).dtype) or value.dtype == bool):
         raise TypeError(f"{name}: expected {kind}, got dtype {value.dtype}")
-    if dtype is not None and value.dtype.kind in "iu" and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
-        with np.errstate(over="ignore"):
-            return value.astype(dtype)
     return value
+
+
+def currents(name: str, value: Any, dtype: Any) -> Any:
+    """An array of currents; in the dtype of params where JAX would cut it to 32 bits."""
+    return cast(array(name, value, "an array of real numbers"), dtype)
+
+
+def cast(value: Any, dtype: Any = None) -> Any:
+    """64 bits from the host that JAX has in 32 only: it wraps integers, and reports the overflow of floats to NumPy."""
+    if isinstance(value, jax.Array) or (narrow := jax.dtypes.canonicalize_dtype(value.dtype)) == value.dtype:
+        return value
+    with np.errstate(over="ignore"):
+        return value.astype(dtype or narrow)
 
 
 def names(name: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -156,7 +166,7 @@ def flag(name: str, value: Any) -> bool:
 def size(name: str, value: Any, low: int) -> Any:
     if export.is_symbolic_dim(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool | np.timedelta64):
         raise TypeError(f"{name}: expected an int, got {shown(value)}")
     if value < low:
         raise ValueError(f"{name}: expected an int >= {low}, got {shown(value)}")
@@ -204,7 +214,7 @@ def spike_dtype(asked: Any, own: Any) -> np.dtype:
 def _dtype(name: str, dtype: Any, kind: str) -> Any:
     try:
         return jax.dtypes.canonicalize_dtype(dtype)
-    except (TypeError, ValueError, SyntaxError):  # NumPy's, of what it cannot read
+    except Exception:  # whatever NumPy and JAX make of it
         raise TypeError(f"{name}: expected {kind}, got {shown(dtype)}") from None
 
 

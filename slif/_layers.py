@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from slif import _check, _warn
+from slif._host import shown
 from slif._mesh import alike, follow
 from slif.cell import advance, init_params, init_state, is_off, prepare, reset
 from slif.simulation import simulate
@@ -59,7 +60,7 @@ def switch_on(hyper: Mapping[str, Any], learn: Iterable[str]) -> dict[str, Any]:
         if KINDS[name] == "logscale":
             given = _check.real(name, value)
             if not isinstance(given, jax.Array) and (given == 0).any():
-                raise ValueError(f"{name}: expected a value other than 0 to start learning from, got {value!r}")
+                raise ValueError(f"{name}: expected a value other than 0 to start learning from, got {shown(value)}")
         hyper[name] = np.float32(0) if is_off(value) else value
     return hyper
 
@@ -128,7 +129,7 @@ def assemble(given: SLIFParams, stored: Mapping[str, Array]) -> SLIFParams:
 
 def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
     if not isinstance(input_shape, tuple | list):
-        raise TypeError(f"input_shape: expected a tuple of ints, got {input_shape!r}")
+        raise TypeError(f"input_shape: expected a tuple of ints, got {shown(input_shape)}")
     *batch, features = [_check.size("input_shape", n, 0) for n in input_shape] or [None]
     if features != params.n_units:
         raise ValueError(f"input_shape: expected (..., {params.n_units}), got {input_shape}")
@@ -155,7 +156,7 @@ def run_cell(
     state, count = _check.fields(carry[0], "carry[0]"), _count(carry[1])
     state = _own_thresholds(params, state, learned_thr, "carry[0]")
     dt = _check.number("dt", dt, params.thr.dtype)
-    inputs = _check.array("inputs", inputs, "an array of real numbers", params.thr.dtype)
+    inputs = _check.currents("inputs", inputs, params.thr.dtype)
     with _check.transfers():
         return _run_cell(params, dt, (state, count), inputs)
 
@@ -199,7 +200,7 @@ def run_sequence(
     return_state: bool,
     **options: Any,
 ) -> Any:
-    x = _check.array("x", x, "an array of real numbers", params.thr.dtype)
+    x = _check.currents("x", x, params.thr.dtype)
     if x.ndim < 2 or x.shape[-1] != params.n_units:
         raise ValueError(f"x: expected a time axis and a last axis of {params.n_units} features, got shape {x.shape}")
     _check.current("x", x, x.shape)

@@ -42,7 +42,7 @@ def euler(tau_m: Any, dt: Any) -> None:
     tau_m, dt = known(tau_m), known(dt)
     if tau_m is None or dt is None:
         return
-    stable = dt <= 2 * tau_m
+    stable = 0.5 * dt <= tau_m
     if stable if isinstance(stable, bool) else stable.all():
         return
     steps, taus = np.broadcast_arrays(dt, tau_m)
@@ -72,7 +72,7 @@ def clock(refract_time: Any, dt: Any, dtype: Any) -> None:
     refract_time, dt = known(refract_time), known(dt)
     if refract_time is None or dt is None:
         return
-    reached = refract_time <= dt * 2.0**8  # in the coarsest of dtypes
+    reached = refract_time * 2.0**-8 <= dt  # in the coarsest of dtypes
     if reached if isinstance(reached, bool) else reached.all():
         return
     periods, steps = (np.asarray(x).astype(dtype).astype(np.float64) for x in (refract_time, dt))

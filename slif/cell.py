@@ -192,7 +192,7 @@ def init_params(
             inh_weights = jnp.where(jnp.eye(n_units, dtype=bool), 0, inh_weights)
         key, k = jax.random.split(key)
         jitter = jax.random.uniform(k, (1, n_units), jnp.float32, -width, width)[0]
-        numbers["thr"] = (_check.put(numbers["thr"], draw) + jitter.astype(draw)).astype(dtype)
+        numbers["thr"] = (_check.put(numbers["thr"], draw).astype(draw) + jitter.astype(draw)).astype(dtype)
 
     params = _check.params(
         SLIFParams(
@@ -311,7 +311,7 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
     t, dt = (_check.number(name, x, params.thr.dtype) for name, x in (("t", t), ("dt", dt)))
     _warn.euler(params.tau_m, dt)
     _warn.clock(params.refract_time, dt, params.thr.dtype)
-    j = _check.array("j", j, "an array of real numbers", params.thr.dtype)
+    j = _check.currents("j", j, params.thr.dtype)
     with _check.transfers():
         return _step(params, state, j, t, dt)
 

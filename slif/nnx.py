@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from slif import _layers
 from slif._check import FLAGS, LEAVES
-from slif._host import transfers
+from slif._host import shown, transfers
 from slif.cell import init_params
 from slif.surrogate import Surrogate
 from slif.types import SLIFParams, SLIFState
@@ -88,7 +88,7 @@ def _key(rngs: Any) -> Array:
         with transfers():
             return rngs.params()
     except AttributeError:
-        raise TypeError(f"rngs: expected nnx.Rngs with a stream for params, got {rngs!r}") from None
+        raise TypeError(f"rngs: expected nnx.Rngs with a stream for params, got {shown(rngs)}") from None
 
 
 def _params(module: _Neurons) -> SLIFParams:

@@ -85,7 +85,7 @@ def simulate(
     )
     _warn.euler(params.tau_m, request.dt)
     _warn.clock(params.refract_time, request.dt, dtype)
-    currents = _check.array("currents", currents, "an array of real numbers", dtype)
+    currents = _check.currents("currents", currents, dtype)
     with _check.transfers():
         return _simulate(params, state, currents, request, _check.implementation(implementation))
 

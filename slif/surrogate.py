@@ -58,8 +58,13 @@ class Surrogate(struct.PyTreeNode):
         x, own, arguments = _floating(x), has_bounds(self), dict(self.numbers)
         for name, number in arguments.items():
             if not isinstance(number, jax.Array):
-                number = stored(f"surrogate {name}", numbers(f"surrogate {name}", number), x.dtype, normal=own)
-            arguments[name] = put(number, x.dtype).astype(x.dtype)
+                number = numbers(f"surrogate {name}", number)
+                number = put(stored(f"surrogate {name}", number, x.dtype, normal=own), x.dtype)
+            if any(m != n and 1 not in (m, n) for m, n in zip(number.shape[::-1], x.shape[::-1], strict=False)):
+                raise ValueError(f"surrogate {name}: expected a shape to go with x, {x.shape}, got {number.shape}")
+            if 0 < number.ndim < x.ndim:
+                number = number.reshape((1,) * (x.ndim - number.ndim) + number.shape)
+            arguments[name] = number if number.dtype == x.dtype else number.astype(x.dtype)
         with transfers():
             return self.slope(x, **arguments)
 
@@ -89,15 +94,13 @@ def _floating(x: Any) -> Array:
     if isinstance(x, jax.Array):
         if not (is_real(x.dtype) or x.dtype == bool):
             raise TypeError(f"x: expected real numbers, got dtype {x.dtype}")
-    elif type(x) in (bool, int, float):
-        return jax.device_put(float(numbers("x", float(x) if type(x) is bool else x)))  # of a weak type, as they are
-    elif isinstance(x, np.bool_ | np.ndarray) and x.dtype == bool:
+    elif isinstance(x, bool | np.bool_) or (isinstance(x, np.ndarray) and x.dtype == bool):
         x = plain("x", np.asarray(x))
     else:
         x = numbers("x", x)
     wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
     dtype = jax.dtypes.canonicalize_dtype(x.dtype if wide else np.float64)
-    return put(x, dtype).astype(dtype)
+    return x if isinstance(x, jax.Array) and x.dtype == dtype else put(x, dtype).astype(dtype)
 
 
 def _positive(given: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
@@ -391,9 +394,9 @@ def custom(
         0.5
     """
     if not callable(fn):
-        raise TypeError(f"fn: expected a function of one array, got {fn!r}")
-    if wrt not in ("current", "voltage"):
-        raise ValueError(f"wrt: expected 'current' or 'voltage', got {wrt!r}")
+        raise TypeError(f"fn: expected a function of one array, got {shown(fn)}")
+    if not isinstance(wrt, str) or wrt not in ("current", "voltage"):
+        raise ValueError(f"wrt: expected 'current' or 'voltage', got {shown(wrt)}")
     return Surrogate({}, fn, wrt, _flag("detach_reset", detach_reset))
 
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check, _warn
 from slif._check import SURROGATE
+from slif._host import shown
 from slif.cell import init_state, reset
 from slif.request import RECORDS
 from slif.simulation import simulate
@@ -142,7 +143,7 @@ def sweep(
             raise ValueError(f"{name}: expected {kind} or a sweep over it, and not both, got {got}")
     dtype = params.thr.dtype
     if currents is not None:
-        currents = _check.array("currents", currents, "an array of real numbers", dtype)
+        currents = _check.currents("currents", currents, dtype)
     shape = points["currents"].shape[1:] if currents is None else currents.shape
     if len(shape) < 2 or shape[-1] != params.n_units:
         raise ValueError(f"currents: expected shape (T, ..., {params.n_units}), got shape {shape}")
@@ -271,7 +272,7 @@ def _sweep(
 def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None, progress: Callable) -> Any:
     """The same from the host, a chunk at a time; the last one is filled up, so that one program serves all."""
     if not callable(progress):
-        raise TypeError(f"progress: expected a function of (points done, P), got {progress!r}")
+        raise TypeError(f"progress: expected a function of (points done, P), got {shown(progress)}")
     if batch_size is None:
         raise ValueError("progress: expected a batch_size with it, got None")
     chunks = []
@@ -315,7 +316,7 @@ def _worst(name: str, value: Any, over: Mapping[str, ArrayLike], worst: Callable
 def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     """The points, each value on the device, broadcast to nothing yet."""
     if not isinstance(over, Mapping) or not all(isinstance(name, str) for name in over):
-        raise TypeError(f"over: expected a dict of name -> [P, ...], got {over!r}")
+        raise TypeError(f"over: expected a dict of name -> [P, ...], got {shown(over)}")
     own = tuple(SURROGATE + name for name in params.surrogate.numbers)
     units, unknown = UNITS + own, sorted(set(over).difference(NAMES, own))
     if unknown or not over:
@@ -327,7 +328,7 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     points = {}
     for name, value in over.items():
         if name == "currents":
-            value = _check.array("currents", value, "an array of real numbers", params.thr.dtype)
+            value = _check.currents("currents", value, params.thr.dtype)
             _check.current("currents", value, (None,) * max(value.ndim, 1))
             points[name] = _check.put(value, value.dtype)
             continue
