@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _layers
-from slif._check import FLAGS, LEAVES
+from slif._check import FLAGS, LEAVES, flag
 from slif._host import shown, transfers
 from slif.cell import init_params
 from slif.surrogate import Surrogate
@@ -187,7 +187,7 @@ class SLIF(_Neurons):
 
     def __init__(self, features: int, *, time_major: bool = True, **hyper: Any):
         super().__init__(features, **hyper)
-        self.time_major = time_major
+        self.time_major = flag("time_major", time_major)
 
     def __call__(
         self,

