@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, export
 
 from slif import _warn
-from slif._host import is_real, numbers, plain, put, shown, stored, transfers
+from slif._host import holds_arrays, is_real, numbers, plain, put, shown, stored, transfers
 from slif.surrogate import Surrogate, has_bounds
 from slif.types import FIELDS, SLIFParams, SLIFState
 
@@ -61,7 +61,7 @@ def real(name: str, value: Any, dtype: Any = np.float64, rule: Rule | None = Non
         if not is_real(value.dtype):
             raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
         return value
-    if isinstance(value, list | tuple) and any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
+    if holds_arrays(value):
         return _stacked(name, [real(name, x, dtype, rule) for x in value], dtype)
     array, rule = numbers(name, value), rule or RULES.get(name, SLOPE if name.startswith(SURROGATE) else Rule())
     inside = stored(name, array, dtype, endless=rule.endless, normal=rule.normal)
@@ -163,8 +163,8 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def size(name: str, value: Any, low: int) -> Any:
-    if export.is_symbolic_dim(value):
+def size(name: str, value: Any, low: int, *, symbolic: bool = False) -> Any:
+    if symbolic and export.is_symbolic_dim(value):
         return value
     if not isinstance(value, int | np.integer) or isinstance(value, bool | np.timedelta64):
         raise TypeError(f"{name}: expected an int, got {shown(value)}")
@@ -179,10 +179,8 @@ def countable(name: str, *shape: Any) -> None:
         raise ValueError(f"{name}: expected an array of less than 2**57 numbers, got shape {shown(shape)}")
 
 
-def spread(name: str, width: Any, thr: Any, dtype: Any) -> None:
+def spread(name: str, width: Any, thr: np.ndarray, dtype: Any) -> None:
     """That neither the range of a jitter nor the thresholds overflow with it."""
-    if isinstance(width, jax.Array) or isinstance(thr, jax.Array):
-        return
     top = np.abs(np.asarray(thr, np.float64))
     top = np.where(np.isinf(top), 0, top) + float(width)
     with np.errstate(over="ignore"):

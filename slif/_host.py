@@ -68,6 +68,13 @@ def numbers(name: str, value: Any) -> np.ndarray:
     return array
 
 
+def holds_arrays(value: Any, depth: int = 8) -> bool:
+    """Whether arrays from a device are among the rows of a list."""
+    if not isinstance(value, list | tuple) or depth == 0:
+        return False
+    return any(isinstance(x, jax.Array) or holds_arrays(x, depth - 1) for x in value)
+
+
 def _is_listed(name: str, value: Any, depth: int = 8) -> bool:
     """Whether these are rows of numbers; raises for an array among them that is not plain."""
     if not isinstance(value, list | tuple) or depth == 0:

@@ -130,7 +130,7 @@ def assemble(given: SLIFParams, stored: Mapping[str, Array]) -> SLIFParams:
 def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
     if not isinstance(input_shape, tuple | list):
         raise TypeError(f"input_shape: expected a tuple of ints, got {shown(input_shape)}")
-    *batch, features = [_check.size("input_shape", n, 0) for n in input_shape] or [None]
+    *batch, features = [_check.size("input_shape", n, 0, symbolic=True) for n in input_shape] or [None]
     if features != params.n_units:
         raise ValueError(f"input_shape: expected (..., {params.n_units}), got {input_shape}")
     _check.countable("input_shape", *input_shape)
@@ -151,9 +151,9 @@ def run_cell(
     params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array, *, learned_thr: bool
 ) -> tuple[Carry, Array]:
     params = _check.values(params)
-    if not isinstance(carry, tuple | list) or len(carry) != 2:
-        raise TypeError(f"carry: expected a pair of an SLIFState and the count of steps, got {type(carry).__name__}")
-    state, count = _check.fields(carry[0], "carry[0]"), _count(carry[1])
+    if not isinstance(carry, tuple | list) or len(carry) != 2 or not isinstance(carry[0], SLIFState):
+        raise TypeError(f"carry: expected a pair of an SLIFState and the counts of steps, got {shown(carry)}")
+    state, count = _check.fields(carry[0], "carry[0]"), _counts(carry[1])
     state = _own_thresholds(params, state, learned_thr, "carry[0]")
     dt = _check.number("dt", dt, params.thr.dtype)
     inputs = _check.currents("inputs", inputs, params.thr.dtype)
@@ -161,13 +161,13 @@ def run_cell(
         return _run_cell(params, dt, (state, count), inputs)
 
 
-def _count(value: Any) -> Array | np.ndarray:
-    count = _check.array("carry[1]", value, "an array of step counts")
-    if not jnp.issubdtype(count.dtype, jnp.integer):
-        raise TypeError(f"carry[1]: expected an array of step counts, got dtype {count.dtype}")
-    if not isinstance(count, jax.Array) and not (count == count.astype(np.int32)).all():
-        raise ValueError(f"carry[1]: expected step counts within int32, got {count.max()}")
-    return count
+def _counts(value: Any) -> Array | np.ndarray:
+    counts = _check.array("carry", value, "an array of the counts of steps")
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise TypeError(f"carry: expected integers as counts of steps, got dtype {counts.dtype}")
+    if not isinstance(counts, jax.Array) and not (counts == counts.astype(np.int32)).all():
+        raise ValueError(f"carry: expected counts of steps within int32, got {shown(counts)}")
+    return counts
 
 
 @jax.jit
@@ -175,7 +175,7 @@ def _run_cell(params: SLIFParams, dt: Array, carry: Carry, inputs: Array) -> tup
     state, count = carry
     _check.signature(params, state, "carry[0]")
     if count.shape != state.v.shape[:-1]:
-        raise ValueError(f"carry[1]: expected a step count of shape {state.v.shape[:-1]}, got shape {count.shape}")
+        raise ValueError(f"carry: expected counts of steps of shape {state.v.shape[:-1]}, got shape {count.shape}")
     _check.scalars(dt=dt)
     _check.current("inputs", inputs, state.v.shape)
     params, state, currents, _ = follow(params, state, inputs[None])

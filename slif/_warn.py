@@ -15,6 +15,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from slif._host import holds_arrays
+
 _LIBRARIES = ("slif", "flax", "jax", "contextlib", "functools")
 _MADE_FROM: dict[int, tuple[weakref.ref, Any]] = {}
 
@@ -32,9 +34,7 @@ def known(value: Any) -> Any:
     entry = _MADE_FROM.get(id(value))
     if entry is not None and entry[0]() is value:
         return entry[1]
-    if isinstance(value, list | tuple) and any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
-        return None
-    return None if isinstance(value, jax.Array) else value
+    return None if isinstance(value, jax.Array) or holds_arrays(value) else value
 
 
 def euler(tau_m: Any, dt: Any) -> None:

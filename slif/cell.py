@@ -146,13 +146,15 @@ def init_params(
         thr_gain: what a unit's spike adds to its threshold.
         thr_leak: share of its threshold that a unit loses at each step.
         rho_b: sparsity control of the thresholds; where positive, it replaces gain and leak.
-        refract_time: refractory period, ms, 0 or more; one of dt or less blocks nothing.
+        refract_time: refractory period, ms, 0 or more; one of dt or less blocks nothing. Where a clock of this dtype
+            stops before it, in steps of dt, there is a UserWarning in the calls that take dt: such a unit fires once.
         sticky_spikes: hold the output at 1 throughout the refractory period.
         thr_jitter: half the range of the uniform jitter of the thresholds, 0 or more. Where it reaches thr there is a
             UserWarning: a unit of a threshold below 0 fires at every step without input.
         surrogate: the estimator of the spike's derivative; None for `secant()`.
-        dtype: dtype of every leaf. The draws are float32 and then cast. bfloat16 is lossy: small changes of v, thr
-            and the clock round away; bfloat16 currents into float32 params are the better saving.
+        dtype: dtype of every leaf; float64 is float32 without x64, with a UserWarning. The draws are float32 and then
+            cast. bfloat16 is lossy: small changes of v, thr and the clock round away; bfloat16 currents into float32
+            params are the better saving.
 
     Returns:
         The parameters; thresholds are [N].
@@ -180,8 +182,9 @@ def init_params(
     _check.countable("n_units", n_units, n_units if "resist_inh" in numbers else 1)
 
     width = _check.scalar("thr_jitter", thr_jitter, jnp.float32)
-    _check.spread("thr_jitter", thr_jitter, thr, dtype)
-    _warn.jitter(thr, thr_jitter)
+    if not isinstance(numbers["thr"], Array) and not isinstance(thr_jitter, Array):
+        _check.spread("thr_jitter", thr_jitter, numbers["thr"], dtype)
+        _warn.jitter(thr, thr_jitter)
 
     draw = jnp.promote_types(dtype, jnp.float32)
     inh_weights = None
@@ -239,7 +242,7 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
     """
     params = _check.values(params)
     sizes = batch_shape if isinstance(batch_shape, tuple | list) else (batch_shape,)
-    batch = tuple(_check.size("batch_shape", size, 0) for size in sizes)
+    batch = tuple(_check.size("batch_shape", size, 0, symbolic=True) for size in sizes)
     with _check.transfers():
         return _init_state(params, batch)
 
@@ -283,7 +286,7 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
     Args:
         params: the parameters.
         state: the state after the step before, fields [..., N].
-        j: input current [..., N]; another dtype is cast to that of params.
+        j: input current [..., N]; another dtype is cast to that of params, 64 bits of NumPy's without wrapping.
         t: the time of this step, ms; it enters tols only.
         dt: the length of the step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are
             known as Python or NumPy values.

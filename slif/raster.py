@@ -54,7 +54,7 @@ def unpack_spikes(packed: Array, n_units: int) -> Array:
         >>> unpack_spikes(jnp.array([5], jnp.uint8), 3)
         Array([ True, False,  True], dtype=bool)
     """
-    packed, n_units = _check.raster("packed", packed), _check.size("n_units", n_units, 1)
+    packed, n_units = _check.raster("packed", packed), _check.size("n_units", n_units, 1, symbolic=True)
     if packed.dtype != jnp.uint8:
         raise TypeError(f"packed: expected dtype uint8, got {packed.dtype}")
     if packed.shape[-1] != -(-n_units // 8):

@@ -36,7 +36,8 @@ def simulate(
     Args:
         params: the parameters.
         state: the state before the first step, fields [..., N].
-        currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop.
+        currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop, one of 64 bits
+            from NumPy before it, where JAX has none.
         dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are known
             as Python or NumPy values.
         t0: the time of the first step, ms.

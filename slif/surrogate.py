@@ -15,7 +15,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from slif._host import is_real, numbers, plain, put, shown, stored, transfers
+from slif._host import is_real, numbers, plain, shown, stored, transfers
 
 
 def _sech(x: Array) -> Array:
@@ -39,8 +39,8 @@ class _Secant:
 class Surrogate(struct.PyTreeNode):
     """The slope that replaces the derivative of the spike; build it with `secant`, `arctan`, ... or `custom`.
 
-    Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold.
-    Its numbers are leaves: they can be annealed or swept without a new compilation. The rest is static.
+    Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold, in
+    floats if x is integers or bools. Its numbers are leaves: they can be annealed or swept without a new compilation. The rest is static.
 
     Attributes:
         numbers: the numbers of the slope, by name.
@@ -59,7 +59,7 @@ class Surrogate(struct.PyTreeNode):
         for name, number in arguments.items():
             if not isinstance(number, jax.Array):
                 number = numbers(f"surrogate {name}", number)
-                number = put(stored(f"surrogate {name}", number, x.dtype, normal=own), x.dtype)
+                number = _on_device(stored(f"surrogate {name}", number, x.dtype, normal=own))
             if any(m != n and 1 not in (m, n) for m, n in zip(number.shape[::-1], x.shape[::-1], strict=False)):
                 raise ValueError(f"surrogate {name}: expected a shape to go with x, {x.shape}, got {number.shape}")
             if 0 < number.ndim < x.ndim:
@@ -100,7 +100,15 @@ def _floating(x: Any) -> Array:
         x = numbers("x", x)
     wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
     dtype = jax.dtypes.canonicalize_dtype(x.dtype if wide else np.float64)
-    return x if isinstance(x, jax.Array) and x.dtype == dtype else put(x, dtype).astype(dtype)
+    if isinstance(x, jax.Array):
+        return x if x.dtype == dtype else x.astype(dtype)
+    with np.errstate(over="ignore"):
+        return _on_device(x.astype(dtype))
+
+
+def _on_device(array: np.ndarray) -> Array:
+    with transfers():  # no `device_put`, which a program would hold as a step of its own
+        return jnp.asarray(array)
 
 
 def _positive(given: dict[str, ArrayLike]) -> dict[str, ArrayLike]:

@@ -35,7 +35,7 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
             number of the surrogate.
 
     Returns:
-        A dict of name -> [P], P the product of the lengths.
+        A dict of name -> [P], P the product of the lengths. Integers that JAX has no dtype for come as floats.
 
     Raises:
         TypeError: an axis holds no real numbers.

@@ -64,16 +64,17 @@ INIT_PARAMS = [
     *real_cases("resist_inh"),
     *real_cases("rho_b", shape=(N,)),
     *real_cases("thr_jitter", shape=(N,), low=-0.1),
-    *(init_case(TypeError, tau_m=x) for x in (decimal.Decimal(1), {1.0}, b"1", iter([1.0]), np.longdouble(1))),
+    *(init_case(TypeError, tau_m=x) for x in (decimal.Decimal(1), {1.0}, b"1", np.longdouble(1))),
     *(init_case(TypeError, tau_m=x) for x in ([None] * N, ["a"] * N, [True] * N, [[[[[[[[[1.0]]]]]]]]])),
     *(init_case(TypeError, tau_m=x) for x in (np.timedelta64(1), np.datetime64(1, "s"), np.ma.masked)),
     pytest.param(lambda *_: init(tau_m=Untold()), "tau_m", TypeError, id="init_params-tau_m-untold"),
+    pytest.param(lambda *_: init(tau_m=iter([1.0])), "tau_m", TypeError, id="init_params-tau_m-iterator"),
     *(init_case(ValueError, tau_m=x) for x in ([[1.0], [1.0, 2.0]], 10**39, [10**400] * N, 2e-39, 1e-320)),
     pytest.param(lambda *_: init(tau_m=10**5000), "tau_m", ValueError, id="init_params-tau_m-of-5000-digits"),
     pytest.param(lambda *_: init(n_units=-(10**5000)), "n_units", ValueError, id="init_params-n_units-of-5000-digits"),
     *(init_case(ValueError, **{name: 1e-40}) for name in ("rho_b", "resist_inh")),
     init_case(ValueError, thr_jitter=2e38),
-    pytest.param(lambda *_: init(thr=6.55e4, thr_jitter=1e3, dtype="float16"), "thr_jitter", ValueError, id="jitter-16"),
+    pytest.param(lambda *_: init(thr=6e4, thr_jitter=1e4, dtype="float16"), "thr_jitter", ValueError, id="jitter-16"),
     *(init_case(TypeError, thr_persist=value) for value in (1, "yes", None)),
     *(init_case(TypeError, sticky_spikes=value) for value in (1, "yes", None)),
     *(init_case(TypeError, surrogate=value) for value in ("secant", max, 0.5)),
@@ -319,7 +320,7 @@ def bad_layers():
         def at_rest(_, kind=kind, **options):
             return CARRIES[kind](**options)
 
-        for name, call, error, option in (
+        cases = (
             ("x", layer, TypeError, {"x": [[[0.0] * N] * B] * T}),
             ("x", layer, TypeError, {"x": np.ones((T, B, N), complex)}),
             ("x", layer, ValueError, {"x": np.ones(N)}),
@@ -338,13 +339,13 @@ def bad_layers():
             ("carry", cell, TypeError, {"carry": None}),
             ("carry", cell, TypeError, {"carry": rest}),
             ("carry", cell, TypeError, {"carry": (rest, count, count)}),
-            ("carry[0]", cell, TypeError, {"carry": (count, rest)}),
+            ("carry", cell, TypeError, {"carry": (count, rest)}),
             ("carry[0].v", cell, TypeError, {"carry": (masked, count)}),
             ("carry[0].j", cell, TypeError, {"carry": (other, count)}),
-            ("carry[1]", cell, TypeError, {"carry": (rest, None)}),
-            ("carry[1]", cell, TypeError, {"carry": (rest, count * 1.0)}),
-            ("carry[1]", cell, ValueError, {"carry": (rest, np.full(B, 2**40))}),
-            ("carry[1]", cell, ValueError, {"carry": (rest, count[0])}),
+            ("carry", cell, TypeError, {"carry": (rest, None)}),
+            ("carry", cell, TypeError, {"carry": (rest, count * 1.0)}),
+            ("carry", cell, ValueError, {"carry": (rest, np.full(B, 2**40))}),
+            ("carry", cell, ValueError, {"carry": (rest, count[0])}),
             ("input_shape", at_rest, TypeError, {"input_shape": N}),
             ("input_shape", at_rest, TypeError, {"input_shape": (2.0, N)}),
             ("input_shape", at_rest, ValueError, {"input_shape": (B, N + 1)}),
@@ -354,9 +355,9 @@ def bad_layers():
             ("dtype", make, TypeError, {"dtype": "float8"}),
             ("refract_time", make, TypeError, {"refract_time": np.ma.array(1.0)}),
             ("dt", make, ValueError, {"dt": 1e-40}),
-        ):
-            what = f"{kind}-{call.__name__}-{name}-{option}".replace("\n", " ")[:60]
-            yield case(what, name, error, lambda p, s, c, call=call, option=option: call(c, **option))
+        )
+        for k, (name, call, error, option) in enumerate(cases):
+            yield case(f"{kind}-{name}-{k}", name, error, lambda p, s, c, call=call, option=option: call(c, **option))
     yield case("nnx-rngs", "rngs", TypeError, lambda *_: MAKERS["nnx"](N, dt=1.0, **NUMBERS, rngs=None))
     streams = nnx.Rngs(dropout=0)
     yield case("nnx-rngs-stream", "rngs", TypeError, lambda *_: MAKERS["nnx"](N, dt=1.0, **NUMBERS, rngs=streams))
@@ -447,5 +448,5 @@ def test_a_block_of_steps_needs_a_known_number_of_them():
     params = PARAMS.replace(surrogate=slif.arctan())
     currents = jax.ShapeDtypeStruct((steps, B, N), jnp.float32)
     run = jax.jit(lambda x: slif.simulate(params, STATE, x, dt=1.0, checkpoint_every=2)[1]["s"])
-    with pytest.raises(ValueError, match="^checkpoint_every: expected None, or currents of a known length, got T"):
+    with pytest.raises(ValueError, match=r"^checkpoint_every: expected None, or currents of a known length, got T"):
         jax.export.export(run)(currents)

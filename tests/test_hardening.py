@@ -339,7 +339,7 @@ def test_arrays_from_the_device_in_a_list_stay_there():
         _, out = slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": tau_m}, dt=DT, record=("v",))
         jax.jit(lambda x: slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": [x, 20.0]}, dt=DT))(tau_m[0])
     assert_same(out["v"], slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": [9, 20]}, dt=DT, record=("v",))[1]["v"])
-    with pytest.raises(ValueError, match="^tau_m: expected values of one shape, got shapes"):
+    with pytest.raises(ValueError, match=r"^tau_m: expected values of one shape, got shapes"):
         slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": [jnp.ones(2), 20.0]}, dt=DT)
 
 
@@ -383,7 +383,7 @@ def test_numbers_of_a_slope_are_held_against_the_dtype_in_which_they_are_used():
     assert slif.fast_sigmoid(2**40)(0.0) == 1.0
     for surrogate in (slif.gaussian(1e-40), slif.arctan(1e39)):
         for call in (surrogate, lambda x, surrogate=surrogate: make_params(n_units=2, surrogate=surrogate)):
-            with pytest.raises(ValueError, match="^surrogate (width|alpha): expected .* in float32, got"):
+            with pytest.raises(ValueError, match=r"^surrogate (width|alpha): expected .* in float32, got"):
                 call(1.0)
         with enable_x64():
             assert surrogate(np.float64(0)) > 1e38
