@@ -40,7 +40,8 @@ class Surrogate(struct.PyTreeNode):
     """The slope that replaces the derivative of the spike; build it with `secant`, `arctan`, ... or `custom`.
 
     Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold, in
-    floats if x is integers or bools. Its numbers are leaves: they can be annealed or swept without a new compilation. The rest is static.
+    floats if x is integers or bools. Its numbers are leaves: they can be annealed or swept without a new compilation.
+    The rest is static.
 
     Attributes:
         numbers: the numbers of the slope, by name.
