@@ -48,6 +48,7 @@ RULES = {
 }
 SURROGATE = "surrogate."  # before the name of one of the surrogate's numbers
 SLOPE = Rule(low=0, allowed=False, normal=True)  # a number of a surrogate of our own
+FLOATS = {np.dtype(name) for name in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)}
 FLAGS = ("sticky_spikes", "thr_persist")
 LEAVES = tuple(name for name in RULES if name in SLIFParams.__annotations__)
 
@@ -76,8 +77,9 @@ def _stacked(name: str, values: list[Any], dtype: Any) -> Array:
     shapes = sorted({x.shape for x in values})
     if len(shapes) > 1:
         raise ValueError(f"{name}: expected values of one shape, got shapes {', '.join(map(str, shapes))}")
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     with transfers():
-        return jnp.stack([put(x, dtype) for x in values])
+        return jnp.stack([put(x, dtype).astype(dtype) for x in values])
 
 
 def number(name: str, value: Any, dtype: Any) -> Any:
@@ -103,6 +105,8 @@ def values(params: Any) -> SLIFParams:
         raise TypeError(f"surrogate: expected a Surrogate, got {shown(surrogate)}")
     if leaves["thr"] is None:
         raise TypeError("thr: expected a real number or array, got None")
+    if isinstance(leaves["thr"], jax.Array) and leaves["thr"].dtype not in FLOATS:
+        floating("thr", leaves["thr"].dtype)
     given = {name: x for name in LEAVES if not isinstance(x := leaves[name], _DEVICE)}
     slopes = {name: x for name, x in surrogate.numbers.items() if not isinstance(x, jax.Array)}
     if not given and not slopes:
@@ -191,7 +195,7 @@ def spread(name: str, width: Any, thr: np.ndarray, dtype: Any) -> None:
 def floating(name: str, dtype: Any) -> np.dtype:
     """The dtype as JAX would store it."""
     dtype = _dtype(name, dtype, "a floating dtype")
-    if not jnp.issubdtype(dtype, jnp.floating) or not is_real(dtype) or dtype.itemsize < 2:
+    if dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating dtype (float16, bfloat16, float32 or float64), got {dtype}")
     return dtype
 
@@ -283,7 +287,7 @@ def signature(params: SLIFParams, state: SLIFState | None = None, named: str = "
         if np.shape(leaf) != (*batch, n_units):
             expected = f"{(*batch, n_units)} (batch of {named}.v, then units)"
             raise ValueError(f"{named}.{name}: expected shape {expected}, got shape {leaf.shape}")
-        if jax.dtypes.canonicalize_dtype(leaf.dtype) != dtype:
+        if not is_real(leaf.dtype) or jax.dtypes.canonicalize_dtype(leaf.dtype) != dtype:
             raise TypeError(f"{named}.{name}: expected the dtype of params, {dtype}, got {leaf.dtype}")
 
 

@@ -307,9 +307,8 @@ def _watch(params: SLIFParams, dt: Any, over: Mapping[str, ArrayLike], dtype: An
 def _worst(name: str, value: Any, over: Mapping[str, ArrayLike], worst: Callable) -> Any:
     """That of the units, one a point where it is swept; None where it is not known."""
     value = _warn.known(over.get(name, value))
-    if value is None:
+    if value is None or (value := np.asarray(value)).size == 0:
         return None
-    value = np.asarray(value)
     return worst(value.reshape(len(value), -1), 1) if name in over else worst(value)
 
 
