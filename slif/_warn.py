@@ -10,9 +10,12 @@ import weakref
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
+
+from slif._host import holds_arrays
 
 _LIBRARIES = ("slif", "flax", "jax", "contextlib", "functools")
 _MADE_FROM: dict[int, tuple[weakref.ref, Any]] = {}
@@ -31,7 +34,7 @@ def known(value: Any) -> Any:
     entry = _MADE_FROM.get(id(value))
     if entry is not None and entry[0]() is value:
         return entry[1]
-    return None if isinstance(value, jax.Array) else value
+    return None if isinstance(value, jax.Array) or holds_arrays(value) else value
 
 
 def euler(tau_m: Any, dt: Any) -> None:
@@ -39,7 +42,7 @@ def euler(tau_m: Any, dt: Any) -> None:
     tau_m, dt = known(tau_m), known(dt)
     if tau_m is None or dt is None:
         return
-    stable = dt <= 2 * tau_m
+    stable = 0.5 * dt <= tau_m
     if stable if isinstance(stable, bool) else stable.all():
         return
     steps, taus = np.broadcast_arrays(dt, tau_m)
@@ -59,6 +62,36 @@ def jitter(thr: ArrayLike, width: ArrayLike) -> None:
             f"thr_jitter: units of a threshold below 0 fire at every step without input, got thr_jitter = {width} "
             f"and thr = {thr}"
         )
+
+
+def clock(refract_time: Any, dt: Any, dtype: Any) -> None:
+    """Warns of periods that the clock of a dtype never reaches; both are scalars, or arrays of one point each.
+
+    It stops at the first power of two to which dt is half a unit in the last place, or less.
+    """
+    refract_time, dt = known(refract_time), known(dt)
+    if refract_time is None or dt is None:
+        return
+    reached = refract_time * 2.0**-8 <= dt  # in the coarsest of dtypes
+    if reached if isinstance(reached, bool) else reached.all():
+        return
+    periods, steps = (np.asarray(x).astype(dtype).astype(np.float64) for x in (refract_time, dt))
+    periods, steps = np.broadcast_arrays(periods, steps)
+    last = 2.0 ** (np.ceil(np.log2(steps)) + jnp.finfo(dtype).nmant + 1)
+    if (periods <= last).all():
+        return
+    worst = np.argmax(periods / last)
+    _warn(
+        f"refract_time: a unit that has fired never fires again, as its clock in {np.dtype(dtype)} stops at "
+        f"{last.flat[worst]:g} ms, got dt = {steps.flat[worst]:g} and refract_time = {periods.flat[worst]:g} ms"
+    )
+
+
+def narrowed(name: str, asked: Any, stored: np.dtype) -> np.dtype:
+    """Warns of a dtype that JAX has under x64 only; Python's types stand for whatever there is."""
+    if asked is not None and asked is not float and asked is not int and np.dtype(asked) != stored:
+        _warn(f"{name}: {np.dtype(asked)} needs jax_enable_x64, and is {stored} without it")
+    return stored
 
 
 def _warn(message: str) -> None:

@@ -161,13 +161,15 @@ def init_params(
         thr_gain: what a unit's spike adds to its threshold.
         thr_leak: share of its threshold that a unit loses at each step.
         rho_b: sparsity control of the thresholds; where positive, it replaces gain and leak.
-        refract_time: refractory period, ms, 0 or more; one of dt or less blocks nothing.
+        refract_time: refractory period, ms, 0 or more; one of dt or less blocks nothing. Where a clock of this dtype
+            stops before it, in steps of dt, there is a UserWarning in the calls that take dt: such a unit fires once.
         sticky_spikes: hold the output at 1 throughout the refractory period.
         thr_jitter: half the range of the uniform jitter of the thresholds, 0 or more. Where it reaches thr there is a
             UserWarning: a unit of a threshold below 0 fires at every step without input.
         surrogate: the estimator of the spike's derivative; None for `secant()`.
-        dtype: dtype of every leaf. The draws are float32 and then cast. bfloat16 is lossy: small changes of v, thr
-            and the clock round away; bfloat16 currents into float32 params are the better saving.
+        dtype: dtype of every leaf; float64 is float32 without x64, with a UserWarning. The draws are float32 and then
+            cast. bfloat16 is lossy: small changes of v, thr and the clock round away; bfloat16 currents into float32
+            params are the better saving.
 
     Returns:
         The parameters; thresholds are [N].
@@ -183,8 +185,8 @@ def init_params(
         >>> params.thr
         Array([0.4, 0.4, 0.4], dtype=float32)
     """
-    n_units, dtype = _check.size("n_units", n_units, 1), _check.floating("dtype", dtype)
-    _check.key(key)
+    n_units, dtype = _check.size("n_units", n_units, 1), _check.requested("dtype", dtype)
+    key = _check.key(key)
     numbers = {"tau_m": tau_m, "resist_m": resist_m, "thr": thr}
     mechanisms = {"refract_time": refract_time, "thr_gain": thr_gain, "thr_leak": thr_leak}
     mechanisms |= {"rho_b": rho_b, "resist_inh": resist_inh}
@@ -192,18 +194,23 @@ def init_params(
     numbers = {name: _check.real(name, x, dtype) for name, x in numbers.items()}
     for name, x in numbers.items():
         _check.shaped(name, x.shape, n_units, _check.Rule() if name == "thr" else None)
+    _check.countable("n_units", n_units, n_units if "resist_inh" in numbers else 1)
+
+    width = _check.scalar("thr_jitter", thr_jitter, jnp.float32)
+    if not isinstance(numbers["thr"], Array) and not isinstance(thr_jitter, Array):
+        _check.spread("thr_jitter", thr_jitter, numbers["thr"], dtype)
+        _warn.jitter(thr, thr_jitter)
 
     draw = jnp.promote_types(dtype, jnp.float32)
-    key, k = jax.random.split(key)
     inh_weights = None
-    if "resist_inh" in numbers:
-        inh_weights = jax.random.uniform(k, (n_units, n_units), jnp.float32, 0.025, 1.0).astype(dtype)
-        inh_weights = jnp.where(jnp.eye(n_units, dtype=bool), 0, inh_weights)
-    key, k = jax.random.split(key)
-    width = _check.scalar("thr_jitter", thr_jitter, jnp.float32)
-    _warn.jitter(thr, thr_jitter)
-    jitter = jax.random.uniform(k, (1, n_units), jnp.float32, -width, width)[0]
-    numbers["thr"] = (_check.put(numbers["thr"], draw) + jitter.astype(draw)).astype(dtype)
+    with _check.transfers():
+        key, k = jax.random.split(key)
+        if "resist_inh" in numbers:
+            inh_weights = jax.random.uniform(k, (n_units, n_units), jnp.float32, 0.025, 1.0).astype(dtype)
+            inh_weights = jnp.where(jnp.eye(n_units, dtype=bool), 0, inh_weights)
+        key, k = jax.random.split(key)
+        jitter = jax.random.uniform(k, (1, n_units), jnp.float32, -width, width)[0]
+        numbers["thr"] = (_check.put(numbers["thr"], draw).astype(draw) + jitter.astype(draw)).astype(dtype)
 
     params = _check.params(
         SLIFParams(
@@ -214,8 +221,9 @@ def init_params(
             thr_persist=_check.flag("thr_persist", thr_persist),
         )
     )
-    if not isinstance(numbers["tau_m"], Array):
-        _warn.made(params.tau_m, float(np.min(numbers["tau_m"])))
+    for name, worst in (("tau_m", np.min), ("refract_time", np.max)):
+        if not isinstance(numbers.get(name, params.thr), Array):
+            _warn.made(getattr(params, name), float(worst(numbers[name])))
     return params
 
 
@@ -249,7 +257,7 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
     """
     params = _check.values(params)
     sizes = batch_shape if isinstance(batch_shape, tuple | list) else (batch_shape,)
-    batch = tuple(_check.size("batch_shape", size, 0) for size in sizes)
+    batch = tuple(_check.size("batch_shape", size, 0, symbolic=True) for size in sizes)
     with _check.transfers():
         return _init_state(params, batch)
 
@@ -258,6 +266,7 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
 def _init_state(params: SLIFParams, batch: tuple[Any, ...]) -> SLIFState:
     _check.signature(params)
     shape = (*batch, params.n_units)
+    _check.countable("batch_shape", *shape)
     if not _check.broadcasts(params.thr.shape, shape):
         raise ValueError(f"batch_shape: expected one that params.thr {params.thr.shape} broadcasts to, got {batch}")
     return _rest(params, shape)
@@ -292,7 +301,7 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
     Args:
         params: the parameters.
         state: the state after the step before, fields [..., N].
-        j: input current [..., N]; another dtype is cast to that of params.
+        j: input current [..., N]; another dtype is cast to that of params, 64 bits of NumPy's without wrapping.
         t: the time of this step, ms; it enters tols only.
         dt: the length of the step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are
             known as Python or NumPy values.
@@ -319,8 +328,10 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
     params, state = _check.values(params), _check.fields(state)
     t, dt = (_check.number(name, x, params.thr.dtype) for name, x in (("t", t), ("dt", dt)))
     _warn.euler(params.tau_m, dt)
+    _warn.clock(params.refract_time, dt, params.thr.dtype)
+    j = _check.currents("j", j, params.thr.dtype)
     with _check.transfers():
-        return _step(params, state, _check.array("j", j, "an array of real numbers"), t, dt)
+        return _step(params, state, j, t, dt)
 
 
 @jax.jit
@@ -406,9 +417,7 @@ def detach(state: SLIFState) -> SLIFState:
         >>> jax.grad(lambda v: detach(state.replace(v=v)).v.sum())(state.v)
         Array([0.], dtype=float32)
     """
-    if not isinstance(state, SLIFState):
-        raise TypeError(f"state: expected SLIFState, got {type(state).__name__}")
-    return lax.stop_gradient(state)
+    return lax.stop_gradient(_check.fields(state))
 
 
 def describe() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _layers
+from slif._host import transfers
 from slif.surrogate import Surrogate
 from slif.types import SLIFParams, SLIFState
 
@@ -42,7 +43,7 @@ class _Neurons(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        _layers.watch(self._hyper(), self.dt)
+        _layers.watch(self.features, self._hyper(), self.dt)
 
     def setup(self):
         hyper = self._hyper()
@@ -51,12 +52,13 @@ class _Neurons(nn.Module):
         _layers.check_stored(self.features, hyper, old)
         # One key for all that is drawn, as in `init_params`; `param` would draw another for each name.
         new = self.is_mutable_collection("params") and not any(self.has_variable("params", name) for name in names)
-        key = self.make_rng("params") if names and new else None
 
         def init(own_key: Array, name: str) -> Array:
             return _layers.stored_values(own_key if key is None else key, self.features, hyper, names)[name]
 
-        self.stored = {name: self.param(name, init, name) for name in names}
+        with transfers():  # Flax counts the keys that it has given on the host
+            key = self.make_rng("params") if names and new else None
+            self.stored = {name: self.param(name, init, name) for name in names}
 
     @nn.nowrap
     def slif_params(self) -> SLIFParams:

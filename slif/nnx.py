@@ -9,7 +9,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _layers
-from slif._check import FLAGS, LEAVES
+from slif._check import FLAGS, LEAVES, flag
+from slif._host import shown, transfers
 from slif.cell import init_params
 from slif.surrogate import Surrogate
 from slif.types import SLIFParams, SLIFState
@@ -61,9 +62,10 @@ class _Neurons(nnx.Module):
             "surrogate": surrogate,
             "dtype": dtype,
         }
-        hyper, key = _layers.switch_on(hyper, learn), rngs.params()
+        hyper = _layers.switch_on(hyper, learn)
+        hyper["dtype"] = _layers.watch(features, hyper, dt)
+        key = _key(rngs)
         params, names = init_params(key, features, **hyper), _layers.stored_names(hyper, learn)
-        _layers.watch(hyper, dt)
         self.features, self.dt, self.dtype = features, dt, params.thr.dtype
         self.static = tuple(getattr(params, name) for name in FLAGS), params.surrogate.replace(numbers={})
         self.learned = tuple(name for name in names if not name.startswith("fixed_"))
@@ -79,6 +81,14 @@ class _Neurons(nnx.Module):
     def slif_params(self) -> SLIFParams:
         """The parameters of the cell now, for `slif.simulate` and its like."""
         return _params(self)
+
+
+def _key(rngs: Any) -> Array:
+    try:
+        with transfers():
+            return rngs.params()
+    except AttributeError:
+        raise TypeError(f"rngs: expected nnx.Rngs with a stream for params, got {shown(rngs)}") from None
 
 
 def _params(module: _Neurons) -> SLIFParams:
@@ -178,7 +188,7 @@ class SLIF(_Neurons):
 
     def __init__(self, features: int, *, time_major: bool = True, **hyper: Any):
         super().__init__(features, **hyper)
-        self.time_major = time_major
+        self.time_major = flag("time_major", time_major)
 
     def __call__(
         self,

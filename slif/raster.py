@@ -28,7 +28,8 @@ def pack_spikes(s: Array) -> Array:
         Array([1, 1], dtype=uint8)
     """
     s = _check.raster("s", s)
-    return jnp.packbits(s.astype(bool), axis=-1, bitorder="little")
+    with _check.transfers():
+        return jnp.packbits(_check.put(s, bool).astype(bool), axis=-1, bitorder="little")
 
 
 def unpack_spikes(packed: Array, n_units: int) -> Array:
@@ -53,11 +54,12 @@ def unpack_spikes(packed: Array, n_units: int) -> Array:
         >>> unpack_spikes(jnp.array([5], jnp.uint8), 3)
         Array([ True, False,  True], dtype=bool)
     """
-    packed, n_units = _check.raster("packed", packed), _check.size("n_units", n_units, 1)
+    packed, n_units = _check.raster("packed", packed), _check.size("n_units", n_units, 1, symbolic=True)
     if packed.dtype != jnp.uint8:
         raise TypeError(f"packed: expected dtype uint8, got {packed.dtype}")
     if packed.shape[-1] != -(-n_units // 8):
         raise ValueError(f"packed: expected {-(-n_units // 8)} bytes for {n_units} units, got shape {packed.shape}")
-    if packed.size == 0:  # unpackbits divides by its size
-        return jnp.zeros((*packed.shape[:-1], n_units), bool)
-    return jnp.unpackbits(packed, axis=-1, count=n_units, bitorder="little").astype(bool)
+    with _check.transfers():
+        if packed.size == 0:  # unpackbits divides by its size
+            return jnp.zeros((*packed.shape[:-1], n_units), bool)
+        return jnp.unpackbits(_check.put(packed, jnp.uint8), axis=-1, count=n_units, bitorder="little").astype(bool)

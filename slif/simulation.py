@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -12,7 +11,6 @@ from slif import _check, _warn
 from slif._attach import attach
 from slif._mesh import alike, follow
 from slif.cell import adapts, drive, prepare, take_thresholds
-from slif.loops import plain
 from slif.loops.choose import choose
 from slif.request import RECORDS, Request
 from slif.types import SLIFParams, SLIFState
@@ -38,7 +36,8 @@ def simulate(
     Args:
         params: the parameters.
         state: the state before the first step, fields [..., N].
-        currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop.
+        currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop, one of 64 bits
+            from NumPy before it, where JAX has none.
         dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are known
             as Python or NumPy values.
         t0: the time of the first step, ms.
@@ -82,23 +81,14 @@ def simulate(
         t0=_check.number("t0", t0, dtype),
         valid=valid,
         record=_check.names("record", record, RECORDS),
-        spike_dtype=_spike_dtype(dtype if spike_dtype is None else spike_dtype),
+        spike_dtype=_check.spike_dtype(spike_dtype, dtype),
         checkpoint_every=None if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every, 1),
     )
     _warn.euler(params.tau_m, request.dt)
-    currents = _check.array("currents", currents, "an array of real numbers")
+    _warn.clock(params.refract_time, request.dt, dtype)
+    currents = _check.currents("currents", currents, dtype)
     with _check.transfers():
-        return _simulate(params, state, currents, request, implementation)
-
-
-def _spike_dtype(dtype: DTypeLike) -> np.dtype:
-    try:
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-    except TypeError:
-        raise TypeError(f"spike_dtype: expected a dtype, got {dtype!r}") from None
-    if not (_check.is_real(dtype) or dtype == np.dtype(bool)):
-        raise TypeError(f"spike_dtype: expected bool, an integer or a floating dtype, got {dtype}")
-    return dtype
+        return _simulate(params, state, currents, request, _check.implementation(implementation))
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -114,7 +104,7 @@ def _simulate(
     params, dt, t0 = prepare(params, state.v.ndim, request.dt, request.t0)
     request = request.replace(dt=dt, t0=t0, valid=None if valid is None else valid[..., None])
     if currents.shape[0] == 0:
-        return plain.run(params, state, currents, request)
+        return choose(implementation, params, currents, request, constant=False)(params, state, currents, request)
     frozen, state = state, take_thresholds(params, state)
     params, state, frozen, currents, request = alike((params, state, frozen, currents, request))
     final, out = _run(params, state, currents, request, implementation)
@@ -133,6 +123,8 @@ def _run(
     # A frozen row would pass on gradients of fields that have none.
     having = ("s", "j") if estimated else ("s", "j", "v", "thr")
     state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in having})
+    if request.checkpoint_every is not None and not elementwise and not isinstance(currents.shape[0], int):
+        raise ValueError(f"checkpoint_every: expected None, or currents of a known length, got T = {currents.shape[0]}")
     loop = choose(implementation, params, currents, request, constant=elementwise)
     if not elementwise:
         return loop(params, state, currents, request)

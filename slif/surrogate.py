@@ -15,6 +15,8 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
+from slif._host import is_real, numbers, plain, shown, stored, transfers
+
 
 def _sech(x: Array) -> Array:
     # 1 / cosh overflows from |x| = 89 on in float32; this form only underflows, to 0.
@@ -30,15 +32,16 @@ class _Secant:
     def __call__(self, i: Array, c1: Array, c2: Array) -> Array:
         h = _sech(c2 * i)
         h = h * h if self.squared else h
-        h = c1 * c2 * h if self.scaled else h
+        h = c2 * h * c1 if self.scaled else h  # c1 * c2 may overflow, and inf * 0 is NaN
         return jnp.where(i > 0, h, 0)
 
 
 class Surrogate(struct.PyTreeNode):
     """The slope that replaces the derivative of the spike; build it with `secant`, `arctan`, ... or `custom`.
 
-    Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold.
-    Its numbers are leaves: they can be annealed or swept without a new compilation. The rest is static.
+    Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold, in
+    floats if x is integers or bools. Its numbers are leaves: they can be annealed or swept without a new compilation.
+    The rest is static.
 
     Attributes:
         numbers: the numbers of the slope, by name.
@@ -53,8 +56,18 @@ class Surrogate(struct.PyTreeNode):
     detach_reset: bool = struct.field(pytree_node=False, default=True)
 
     def __call__(self, x: ArrayLike) -> Array:
-        x = jnp.asarray(x)
-        return self.slope(x, **{name: jnp.asarray(number, x.dtype) for name, number in self.numbers.items()})
+        x, own, arguments = _floating(x), has_bounds(self), dict(self.numbers)
+        for name, number in arguments.items():
+            if not isinstance(number, jax.Array):
+                number = numbers(f"surrogate {name}", number)
+                number = _on_device(stored(f"surrogate {name}", number, x.dtype, normal=own))
+            if any(m != n and 1 not in (m, n) for m, n in zip(number.shape[::-1], x.shape[::-1], strict=False)):
+                raise ValueError(f"surrogate {name}: expected a shape to go with x, {x.shape}, got {number.shape}")
+            if 0 < number.ndim < x.ndim:
+                number = number.reshape((1,) * (x.ndim - number.ndim) + number.shape)
+            arguments[name] = number if number.dtype == x.dtype else number.astype(x.dtype)
+        with transfers():
+            return self.slope(x, **arguments)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surrogate):
@@ -77,21 +90,52 @@ class Surrogate(struct.PyTreeNode):
         return self.slope, self.wrt, self.detach_reset
 
 
-def _positive(numbers: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
-    for name, number in numbers.items():
+def _floating(x: Any) -> Array:
+    """x on the device; integers and bools as floats, lest the slope be computed in integers."""
+    if isinstance(x, jax.Array):
+        if not (is_real(x.dtype) or x.dtype == bool):
+            raise TypeError(f"x: expected real numbers, got dtype {x.dtype}")
+    elif isinstance(x, bool | np.bool_) or (isinstance(x, np.ndarray) and x.dtype == bool):
+        x = plain("x", np.asarray(x))
+    else:
+        x = numbers("x", x)
+    wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype if wide else np.float64)
+    if isinstance(x, jax.Array):
+        return x if x.dtype == dtype else x.astype(dtype)
+    with np.errstate(over="ignore"):
+        return _on_device(x.astype(dtype))
+
+
+def _on_device(array: np.ndarray) -> Array:
+    with transfers():  # no `device_put`, which a program would hold as a step of its own
+        return jnp.asarray(array)
+
+
+def _positive(given: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
+    """The numbers as floats; those on a device are not read back."""
+    checked: dict[str, ArrayLike] = {}
+    for name, number in given.items():
         if isinstance(number, jax.Array):
-            continue  # never read back from the device
-        value = np.asarray(number)
-        if value.dtype.kind not in "iuf":
-            raise TypeError(f"{name}: expected a positive number, got {number!r}")
+            if not is_real(number.dtype):
+                raise TypeError(f"{name}: expected a positive number, got dtype {number.dtype}")
+            checked[name] = number
+            continue
+        value = numbers(name, number).astype(np.float64)
         if not (np.isfinite(value) & (value > 0)).all():
-            raise ValueError(f"{name}: expected a positive, finite number, got {number!r}")
-    return numbers
+            raise ValueError(f"{name}: expected a positive, finite number, got {shown(number)}")
+        checked[name] = float(value) if isinstance(number, int | float) else value
+    return checked
+
+
+def has_bounds(surrogate: Surrogate) -> bool:
+    """Whether the numbers are those of a slope of this module, which have to be positive."""
+    return getattr(surrogate.slope, "__module__", None) == __name__
 
 
 def _flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
+        raise TypeError(f"{name}: expected a bool, got {shown(value)}")
     return bool(value)
 
 
@@ -191,7 +235,7 @@ def sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surrogate:
 def _arctan(x: Array, alpha: Array) -> Array:
     # Past this bound the slope is below the smallest number, and the square would overflow in its own derivative.
     bound = math.sqrt(float(jnp.finfo(x.dtype).max)) / 4
-    y = jnp.clip(math.pi / 2 * alpha * x, -bound, bound)
+    y = jnp.clip(math.pi / 2 * (alpha * x), -bound, bound)
     return alpha / 2 / (1 + y * y)
 
 
@@ -359,9 +403,9 @@ def custom(
         0.5
     """
     if not callable(fn):
-        raise TypeError(f"fn: expected a function of one array, got {fn!r}")
-    if wrt not in ("current", "voltage"):
-        raise ValueError(f"wrt: expected 'current' or 'voltage', got {wrt!r}")
+        raise TypeError(f"fn: expected a function of one array, got {shown(fn)}")
+    if not isinstance(wrt, str) or wrt not in ("current", "voltage"):
+        raise ValueError(f"wrt: expected 'current' or 'voltage', got {shown(wrt)}")
     return Surrogate({}, fn, wrt, _flag("detach_reset", detach_reset))
 
 

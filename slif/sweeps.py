@@ -13,13 +13,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check, _warn
 from slif._check import SURROGATE
+from slif._host import shown
 from slif.cell import init_state
+from slif.request import RECORDS
 from slif.simulation import simulate
 from slif.types import SLIFParams, SLIFState
 
 UNITS = ("tau_m", "resist_m", "thr", "refract_time", "thr_gain", "thr_leak", "resist_inh")  # [P] or [P, N]
 NUMBERS = ("rho_b", "dt")  # [P]
 NAMES = (*UNITS, *NUMBERS, "inh_weights", "currents")
+WORST = {"tau_m": np.min, "refract_time": np.max}  # what a length of dt is held against
 
 
 def grid(**axes: ArrayLike) -> dict[str, Array]:
@@ -32,7 +35,7 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
             number of the surrogate.
 
     Returns:
-        A dict of name -> [P], P the product of the lengths.
+        A dict of name -> [P], P the product of the lengths. Integers that JAX has no dtype for come as floats.
 
     Raises:
         TypeError: an axis holds no real numbers.
@@ -50,15 +53,28 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
     for name, x in values.items():
         if x.ndim != 1 or x.size == 0:
             raise ValueError(f"{name}: expected shape [n], n >= 1, got shape {x.shape}")
-    dtypes = {name: jax.dtypes.canonicalize_dtype(x.dtype) for name, x in values.items()}
-    arrays = {name: _check.put(_check.real(name, x, dtypes[name]), dtypes[name]) for name, x in values.items()}
-    points = jnp.meshgrid(*arrays.values(), indexing="ij")
-    points = {name: x.reshape(-1) for name, x in zip(values, points, strict=True)}
+    _check.countable("axes", *(x.size for x in values.values()))
+    arrays = {name: _put(name, x) for name, x in values.items()}
+    with _check.transfers():
+        points = jnp.meshgrid(*arrays.values(), indexing="ij")
+        points = {name: x.reshape(-1) for name, x in zip(values, points, strict=True)}
     if not any(isinstance(x, Array) for x in values.values()):
         known = dict(zip(values, np.meshgrid(*values.values(), indexing="ij", copy=False), strict=True))
-        for name in {"tau_m", "dt"} & known.keys():
+        for name in {"tau_m", "dt", "refract_time"} & known.keys():
             _warn.made(points[name], known[name].reshape(-1))
     return points
+
+
+def _put(name: str, axis: Array | np.ndarray) -> Array:
+    """The axis on the device; integers that JAX would cut are floats there."""
+    dtype = jax.dtypes.canonicalize_dtype(axis.dtype)
+    if isinstance(axis, Array):
+        return axis
+    if jnp.issubdtype(dtype, jnp.integer):
+        if (axis.astype(dtype) == axis).all():
+            return _check.put(axis, dtype)
+        dtype = jax.dtypes.canonicalize_dtype(np.float64)
+    return _check.put(_check.real(name, axis, dtype), dtype)
 
 
 def sweep(
@@ -127,7 +143,10 @@ def sweep(
         if (name in points) == (value is not None):
             got = "both" if value is not None else "neither"
             raise ValueError(f"{name}: expected {kind} or a sweep over it, and not both, got {got}")
-    dtype, shape = params.thr.dtype, points["currents"].shape[1:] if currents is None else np.shape(currents)
+    dtype = params.thr.dtype
+    if currents is not None:
+        currents = _check.currents("currents", currents, dtype)
+    shape = points["currents"].shape[1:] if currents is None else currents.shape
     if len(shape) < 2 or shape[-1] != params.n_units:
         raise ValueError(f"currents: expected shape (T, ..., {params.n_units}), got shape {shape}")
     shared: dict[str, Any] = {"params": params, "t0": _check.scalar("t0", t0, dtype)}
@@ -136,9 +155,9 @@ def sweep(
         shared["currents"] = _check.put(currents, currents.dtype)
     if dt is not None:
         shared["dt"] = _check.scalar("dt", dt, dtype)
-    _watch(given.tau_m, dt, over)
+    _watch(given, dt, over, dtype)
     if valid is not None:
-        _check.mask("valid", valid, shape[:-1])
+        _check.mask("valid", _check.array("valid", valid, "a boolean array"), shape[:-1])
         shared["valid"] = _check.put(valid, bool)
     states = None
     if state is not None:
@@ -152,9 +171,11 @@ def sweep(
             raise ValueError(f"state: expected fields of shape {expected}, got shape {state.v.shape}")
     if batch_size is not None:
         batch_size = min(_check.size("batch_size", batch_size, 1), n_points)
-    options = {"record": record, "spike_dtype": spike_dtype, "implementation": implementation}
-    if isinstance(record, list | set | frozenset):
-        options["record"] = tuple(sorted(record))
+    options = {
+        "record": _check.names("record", record, RECORDS),
+        "spike_dtype": _check.spike_dtype(spike_dtype, dtype),
+        "implementation": _check.implementation(implementation),
+    }
     side_by_side = None if 0 in shape else batch_size  # lax.map divides by the size of what it returns
     run = functools.partial(_sweep, shared=shared, batch_size=side_by_side, options=tuple(options.items()))
     if progress is None:
@@ -172,7 +193,8 @@ def point(params: SLIFParams, over: Mapping[str, ArrayLike], k: int | Array) -> 
     Args:
         params: the parameters that all points share.
         over: what was swept, as `sweep` takes it; "dt" and "currents" are no parameters, and left out.
-        k: the number of the point, from 0 on: an int, or a scalar on the device such as `argmax` gives.
+        k: the number of the point, from 0 on: an int, or a scalar on the device such as `argmax` gives. What is on the
+            device is not read: as in any indexing of JAX a number past the end gives the last point, and -1 does too.
 
     Returns:
         The parameters of the point.
@@ -198,7 +220,8 @@ def point(params: SLIFParams, over: Mapping[str, ArrayLike], k: int | Array) -> 
             raise ValueError(f"k: expected the number of a point, below {n_points}, got {k}")
     elif k.ndim != 0 or not jnp.issubdtype(k.dtype, jnp.integer):
         raise TypeError(f"k: expected one integer, got dtype {k.dtype} and shape {k.shape}")
-    return _at(params, {name: x[k] for name, x in points.items()})
+    with _check.transfers():
+        return _at(params, {name: x[k] for name, x in points.items()})
 
 
 def _at(params: SLIFParams, values: Mapping[str, Array]) -> SLIFParams:
@@ -238,7 +261,7 @@ def _sweep(
 def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None, progress: Callable) -> Any:
     """The same from the host, a chunk at a time; the last one is filled up, so that one program serves all."""
     if not callable(progress):
-        raise TypeError(f"progress: expected a function of (points done, P), got {progress!r}")
+        raise TypeError(f"progress: expected a function of (points done, P), got {shown(progress)}")
     if batch_size is None:
         raise ValueError("progress: expected a batch_size with it, got None")
     chunks = []
@@ -248,7 +271,8 @@ def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None
         done = min(start + batch_size, n_points)
         chunks.append(jax.tree.map(lambda x, kept=done - start: lax.slice_in_dim(x, 0, kept), result))
         progress(done, n_points)
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
+    with _check.transfers():
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
 
 
 @jax.jit
@@ -256,18 +280,31 @@ def _take(points: Any, index: Array) -> Any:
     return jax.tree.map(lambda x: x[index], points)
 
 
-def _watch(tau_m: Any, dt: Any, over: Mapping[str, ArrayLike]) -> None:
-    """Warns of points whose dt is too long for the fastest of their units."""
-    tau_m, dt = (_warn.known(over.get(name, x)) for name, x in (("tau_m", tau_m), ("dt", dt)))
-    if tau_m is not None and dt is not None:
-        tau_m = np.asarray(tau_m)
-        _warn.euler(tau_m.reshape(len(tau_m), -1).min(1) if "tau_m" in over else tau_m.min(), np.asarray(dt))
+def _watch(params: SLIFParams, dt: Any, over: Mapping[str, ArrayLike], dtype: Any) -> None:
+    """Warns of points whose dt is too long for the fastest of their units, or too short for the longest period."""
+    dt = _warn.known(over.get("dt", dt))
+    if dt is None:
+        return
+    dt = np.asarray(dt, np.float64)
+    fastest, longest = (_worst(name, getattr(params, name), over, f) for name, f in WORST.items())
+    if fastest is not None:
+        _warn.euler(fastest, dt)
+    if longest is not None:
+        _warn.clock(longest, dt, dtype)
+
+
+def _worst(name: str, value: Any, over: Mapping[str, ArrayLike], worst: Callable) -> Any:
+    """That of the units, one a point where it is swept; None where it is not known."""
+    value = _warn.known(over.get(name, value))
+    if value is None or (value := np.asarray(value)).size == 0:
+        return None
+    return worst(value.reshape(len(value), -1), 1) if name in over else worst(value)
 
 
 def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     """The points, each value on the device, broadcast to nothing yet."""
     if not isinstance(over, Mapping) or not all(isinstance(name, str) for name in over):
-        raise TypeError(f"over: expected a dict of name -> [P, ...], got {over!r}")
+        raise TypeError(f"over: expected a dict of name -> [P, ...], got {shown(over)}")
     own = tuple(SURROGATE + name for name in params.surrogate.numbers)
     units, unknown = UNITS + own, sorted(set(over).difference(NAMES, own))
     if unknown or not over:
@@ -279,7 +316,8 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     points = {}
     for name, value in over.items():
         if name == "currents":
-            _check.current("currents", value, (None,) * max(np.ndim(value), 1))
+            value = _check.currents("currents", value, params.thr.dtype)
+            _check.current("currents", value, (None,) * max(value.ndim, 1))
             points[name] = _check.put(value, value.dtype)
             continue
         array, n_units = _check.real(name, value, params.thr.dtype), params.n_units

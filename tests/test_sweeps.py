@@ -258,7 +258,7 @@ ONE = {"tau_m": [5.0, 9.0]}
         ({"over": {"currents": np.array(1.0)}, "currents": None}, ValueError, "currents"),
         ({"currents": CURRENTS[0]}, ValueError, "currents: expected shape"),
         ({"currents": CURRENTS[:, :3]}, ValueError, "currents: expected shape"),
-        ({"currents": "a"}, ValueError, "currents: expected shape"),
+        ({"currents": "a"}, TypeError, "currents: expected an array"),
         ({"state": 1}, TypeError, "state: expected SLIFState"),
         ({"state": slif.init_state(make_params(), 3)}, ValueError, "state: expected fields of shape"),
         ({"t0": np.inf}, ValueError, "t0: expected finite"),

@@ -47,8 +47,32 @@ JITTERED = {
     "jitter, linen": lambda: slif.linen.SLIF(N, dt=0.5, **NUMBERS | {"thr": 0.04}).init(KEY, X),
     "jitter, nnx": lambda: slif.nnx.SLIF(N, dt=0.5, **NUMBERS | {"thr": 0.04}, rngs=nnx.Rngs(0)),
 }
+HALF = slif.init_params(KEY, N, **NUMBERS, dtype="bfloat16", refract_time=[1.0, 200.0, 1.0])
+HALF_STATE = slif.init_state(HALF)
+SLOW = NUMBERS | {"refract_time": 200.0, "dtype": "bfloat16"}
+CLOCKS = {
+    "step": lambda: slif.step(HALF, HALF_STATE, X[0], 0.0, 0.25),
+    "simulate": lambda: slif.simulate(HALF, HALF_STATE, X, dt=np.float32(0.25)),
+    "replaced": lambda: slif.simulate(PARAMS.replace(refract_time=1e7), STATE, X, dt=0.25),
+    "sweep": lambda: slif.sweep(HALF, X, over={"resist_m": [1.0, 2.0]}, dt=0.25),
+    "sweep over dt": lambda: slif.sweep(HALF, X, over={"dt": [1.0, 0.25]}),
+    "sweep over a grid": lambda: slif.sweep(HALF, X, over=slif.grid(refract_time=[1, 200], dt=[0.25])),
+    "linen": lambda: slif.linen.SLIF(N, dt=0.25, **SLOW),
+    "linen cell": lambda: slif.linen.SLIFCell(N, dt=0.25, **SLOW),
+    "nnx": lambda: slif.nnx.SLIF(N, dt=0.25, **SLOW, rngs=nnx.Rngs(0)),
+    "nnx cell": lambda: slif.nnx.SLIFCell(N, dt=0.25, **SLOW, rngs=nnx.Rngs(0)),
+}
+NARROWED = {
+    "init_params": lambda: slif.init_params(KEY, N, **NUMBERS, dtype="float64"),
+    "spike_dtype": lambda: slif.simulate(PARAMS, STATE, X, dt=0.5, spike_dtype=np.int64),
+    "sweep, spike_dtype": lambda: slif.sweep(PARAMS, X, over={"thr": [1.0]}, dt=0.5, spike_dtype="uint64"),
+    "linen, dtype": lambda: slif.linen.SLIF(N, dt=0.5, **NUMBERS, dtype=jnp.float64),
+    "nnx, dtype": lambda: slif.nnx.SLIF(N, dt=0.5, **NUMBERS, dtype=np.dtype("float64"), rngs=nnx.Rngs(0)),
+}
 WARNED = {name: (call, "^dt: forward Euler diverges") for name, call in TOO_LONG.items()}
 WARNED |= {name: (call, "^thr_jitter: units of a threshold below 0") for name, call in JITTERED.items()}
+WARNED |= {f"clock, {name}": (call, "^refract_time: a unit that has fired never") for name, call in CLOCKS.items()}
+WARNED |= {name: (call, "^(spike_)?dtype: u?(float|int)64 needs jax_enable_x64") for name, call in NARROWED.items()}
 STABLE = {
     "at the bound": lambda: slif.step(PARAMS, STATE, X[0], 0.0, 1.0),
     "dt on the device": lambda: slif.step(PARAMS, STATE, X[0], 0.0, jnp.float32(2)),
@@ -63,6 +87,11 @@ STABLE = {
     "no jitter": lambda: slif.init_params(KEY, N, **NUMBERS | {"thr": 0.0, "thr_jitter": 0.0}),
     "negative on purpose": lambda: slif.init_params(KEY, N, **NUMBERS | {"thr": -0.01}),
     "jitter on the device": lambda: slif.init_params(KEY, N, **NUMBERS | {"thr_jitter": jnp.float32(0.4)}),
+    "clock, float32": lambda: slif.simulate(PARAMS.replace(refract_time=200.0), STATE, X, dt=0.25),
+    "clock, short": lambda: slif.simulate(HALF, HALF_STATE, X, dt=1.0),
+    "clock, on the device": lambda: slif.step(HALF.replace(refract_time=HALF.tau_m * 400), HALF_STATE, X[0], 0.0, 0.25),
+    "clock, each point by itself": lambda: slif.sweep(HALF, X, over={"refract_time": [1, 200], "dt": [0.25, 1]}),
+    "whatever float there is": lambda: slif.init_params(KEY, N, **NUMBERS, dtype=float),
     "thr on the device": lambda: slif.init_params(KEY, N, **NUMBERS | {"thr": jnp.float32(0.01)}),
 }
 
@@ -75,7 +104,11 @@ def test_a_warning(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "simulate", "sweep", "linen", "nnx", "jitter", "jitter, linen", "jitter, nnx"]
+    "name",
+    [
+        *("step", "simulate", "sweep", "linen", "nnx", "jitter", "jitter, linen", "jitter, nnx"),
+        *("clock, simulate", "clock, nnx", "init_params", "spike_dtype", "linen, dtype", "nnx, dtype"),
+    ],
 )
 def test_a_warning_names_the_line_of_the_caller(name):
     call, message = WARNED[name]
@@ -107,6 +140,35 @@ def test_the_bound_is_that_of_euler(tau_m, dt, form):
         warnings.simplefilter("always")
         _warn.euler(tau_m, dt)
     assert bool(warned) == (dt / float(tau_m) > 2)
+
+
+@many
+@given(st.floats(1e-3, 1e3), st.floats(0, 11), st.sampled_from(["bfloat16", "float16"]), st.booleans())
+def test_the_clock_stops_where_it_is_told_so(dt, binades, dtype, dyadic):
+    dtype = jnp.dtype(dtype)
+    dt = 2.0 ** round(np.log2(dt)) if dyadic else dt
+    refract_time = min(dt * 2**binades, 6e4)
+    step, period = dtype.type(dt), dtype.type(refract_time)
+    clock = step
+    while clock < period and clock + step != clock:
+        clock += step
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        _warn.clock(refract_time, dt, dtype)
+    assert bool(warned) == (clock < period)
+
+
+def test_a_unit_that_is_warned_of_fires_once():
+    states = {dtype: slif.init_params(KEY, N, **SLOW | {"dtype": dtype}) for dtype in ("bfloat16", "float32")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = {
+            dtype: slif.simulate(
+                params, slif.init_state(params), 9 * jnp.ones((1700, N)), dt=0.25, record=("spike_count",)
+            )[1]["spike_count"].max()
+            for dtype, params in states.items()
+        }
+    assert counts == {"bfloat16": 1, "float32": 3}
 
 
 def test_what_an_array_was_made_from_is_forgotten_with_it():
