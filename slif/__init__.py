@@ -3,7 +3,9 @@
 Modules of their own, imported by name: `slif.linen` and `slif.nnx` (Flax), `slif.checkpoint`, `slif.nir`, `slif.plot`.
 """
 
-from slif.cell import describe, detach, init_params, init_state, reset, step
+from slif.cell import step
+from slif.describe import describe
+from slif.init import detach, init_params, init_state, reset
 from slif.raster import pack_spikes, unpack_spikes
 from slif.simulation import simulate
 from slif.surrogate import (

@@ -5,7 +5,7 @@ signature. Values on a device are never read back.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,62 +13,43 @@ import numpy as np
 from jax import Array, export
 
 from slif import _warn
-from slif._host import holds_arrays, is_real, numbers, plain, put, shown, stored, transfers
+from slif._host import as_numbers, holds_arrays, is_real, plain, put, shown, stored, transfers
+from slif.hyperparameters import ABOUT, NUMERIC, OPTIONAL, STATIC, THR_JITTER, Hyperparameter
 from slif.surrogate import Surrogate, has_bounds
 from slif.types import FIELDS, SLIFParams, SLIFState
 
 _DEVICE = (jax.Array, type(None))
 
 
-class Rule(NamedTuple):
-    """What a number of the cell may be: its shape, and its lowest value."""
-
-    shape: str = "units"  # a scalar or [N]; "scalar", "matrix" [N, N] or "thresholds" [..., N]
-    low: float = -np.inf
-    allowed: bool = True  # the lowest value itself
-    optional: bool = True  # None leaves the mechanism out
-    endless: bool = False  # infinity too
-    normal: bool = False  # no smaller than a normal number, where positive: XLA takes what is smaller for 0
-
-
-RULES = {
-    "tau_m": Rule(low=0, allowed=False, optional=False, normal=True),
-    "resist_m": Rule(optional=False),
-    "thr": Rule("thresholds", optional=False, endless=True),
-    "refract_time": Rule(low=0),
-    "thr_gain": Rule(),
-    "thr_leak": Rule(),
-    "rho_b": Rule("scalar", normal=True),
-    "resist_inh": Rule(normal=True),
-    "inh_weights": Rule("matrix"),
-    "thr_jitter": Rule("scalar", low=0),
-    "dt": Rule("scalar", low=0, allowed=False, normal=True),
-    "t": Rule("scalar"),
-    "t0": Rule("scalar"),
+TIMES = {
+    "dt": Hyperparameter("length of a step", "ms", shape="scalar", low=0, open=True, normal=True),
+    "t": Hyperparameter("time of the step", "ms", shape="scalar"),
+    "t0": Hyperparameter("time of the first step", "ms", shape="scalar"),
 }
+KNOWN = ABOUT | TIMES | {"thr_jitter": THR_JITTER}
+ANY = Hyperparameter("a number of which nothing is known")
 SURROGATE = "surrogate."  # before the name of one of the surrogate's numbers
-SLOPE = Rule(low=0, allowed=False, normal=True)  # a number of a surrogate of our own
+SLOPE = Hyperparameter("a number of a surrogate of our own", low=0, open=True, normal=True)
 FLOATS = {np.dtype(name) for name in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)}
-FLAGS = ("sticky_spikes", "thr_persist")
-LEAVES = tuple(name for name in RULES if name in SLIFParams.__annotations__)
 
 
 # --- Python and NumPy values ---
 
 
-def real(name: str, value: Any, dtype: Any = np.float64, rule: Rule | None = None) -> Array | np.ndarray:
+def as_real(name: str, value: Any, dtype: Any = np.float64, about: Hyperparameter | None = None) -> Array | np.ndarray:
     """A jax.Array as it is, anything else as a NumPy array whose values are finite and within bounds in this dtype."""
     if isinstance(value, jax.Array):
         if not is_real(value.dtype):
             raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
         return value
     if holds_arrays(value):
-        return _stacked(name, [real(name, x, dtype, rule) for x in value], dtype)
-    array, rule = numbers(name, value), rule or RULES.get(name, SLOPE if name.startswith(SURROGATE) else Rule())
-    inside = stored(name, array, dtype, endless=rule.endless, normal=rule.normal)
-    if not (inside >= rule.low if rule.allowed else inside > rule.low).all():
-        sign = ">=" if rule.allowed else ">"
-        raise ValueError(f"{name}: expected values {sign} {rule.low} in {inside.dtype}, got {shown(value)}")
+        return _stacked(name, [as_real(name, x, dtype, about) for x in value], dtype)
+    array = as_numbers(name, value)
+    about = about or KNOWN.get(name, SLOPE if name.startswith(SURROGATE) else ANY)
+    inside = stored(name, array, dtype, infinite=about.infinite, normal=about.normal)
+    if not (inside > about.low if about.open else inside >= about.low).all():
+        sign = ">" if about.open else ">="
+        raise ValueError(f"{name}: expected values {sign} {about.low} in {inside.dtype}, got {shown(value)}")
     return array
 
 
@@ -82,53 +63,53 @@ def _stacked(name: str, values: list[Any], dtype: Any) -> Array:
         return jnp.stack([put(x, dtype).astype(dtype) for x in values])
 
 
-def number(name: str, value: Any, dtype: Any) -> Any:
+def as_number(name: str, value: Any, dtype: Any) -> Any:
     """A jax.Array as it is, anything else as a Python float, which jit takes without a new signature."""
     if isinstance(value, jax.Array):
         return value
     # NumPy takes twenty times as long as this for what is plainly within the range of any dtype.
-    if type(value) in (float, int) and (1e-4 < value < 6e4 or (value == 0 and RULES[name].allowed)):
+    if type(value) in (float, int) and (1e-4 < value < 6e4 or (value == 0 and not KNOWN[name].open)):
         return float(value)
-    array = real(name, value, dtype)
-    shaped(name, array.shape, 0)
+    array = as_real(name, value, dtype)
+    check_shape(name, array.shape, 0)
     return float(array)
 
 
-def values(params: Any) -> SLIFParams:
+def as_params(params: Any) -> SLIFParams:
     """Params whose every leaf is an array, those from the host within bounds."""
     if not isinstance(params, SLIFParams):
         raise TypeError(f"params: expected SLIFParams, got {type(params).__name__}")
     leaves, surrogate = vars(params), params.surrogate
-    for name in FLAGS:
-        flag(name, leaves[name])
+    for name in STATIC:
+        check_static(name, leaves[name])
     if not isinstance(surrogate, Surrogate):
         raise TypeError(f"surrogate: expected a Surrogate, got {shown(surrogate)}")
     if leaves["thr"] is None:
         raise TypeError("thr: expected a real number or array, got None")
     if isinstance(leaves["thr"], jax.Array) and leaves["thr"].dtype not in FLOATS:
-        floating("thr", leaves["thr"].dtype)
-    given = {name: x for name in LEAVES if not isinstance(x := leaves[name], _DEVICE)}
+        as_floating_dtype("thr", leaves["thr"].dtype)
+    given = {name: x for name in NUMERIC if not isinstance(x := leaves[name], _DEVICE)}
     slopes = {name: x for name, x in surrogate.numbers.items() if not isinstance(x, jax.Array)}
     if not given and not slopes:
         return params
-    dtype = floating("thr", real("thr", leaves["thr"]).dtype)
-    given = {name: real(name, x, dtype).astype(dtype) for name, x in given.items()}
-    rule = SLOPE if has_bounds(surrogate) else Rule()
-    slopes = {name: real(f"surrogate {name}", x, dtype, rule).astype(dtype) for name, x in slopes.items()}
+    dtype = as_floating_dtype("thr", as_real("thr", leaves["thr"]).dtype)
+    given = {name: as_real(name, x, dtype).astype(dtype) for name, x in given.items()}
+    about = SLOPE if has_bounds(surrogate) else ANY
+    slopes = {name: as_real(f"surrogate {name}", x, dtype, about).astype(dtype) for name, x in slopes.items()}
     return params.replace(**given, surrogate=surrogate.replace(numbers={**surrogate.numbers, **slopes}))
 
 
-def fields(state: Any, name: str = "state") -> SLIFState:
+def as_state(state: Any, name: str = "state") -> SLIFState:
     """A state whose every leaf is an array."""
     if not isinstance(state, SLIFState):
         raise TypeError(f"{name}: expected SLIFState, got {type(state).__name__}")
     given = {field: x for field, x in vars(state).items() if not isinstance(x, jax.Array)}
     if not given:
         return state
-    return state.replace(**{field: cast(array(f"{name}.{field}", x)) for field, x in given.items()})
+    return state.replace(**{field: cast(check_array(f"{name}.{field}", x)) for field, x in given.items()})
 
 
-def array(name: str, value: Any, kind: str = "an array") -> Any:
+def check_array(name: str, value: Any, kind: str = "an array") -> Any:
     """An array of numbers or bools."""
     if isinstance(value, jax.Array):
         return value
@@ -139,9 +120,9 @@ def array(name: str, value: Any, kind: str = "an array") -> Any:
     return value
 
 
-def currents(name: str, value: Any, dtype: Any) -> Any:
+def as_currents(name: str, value: Any, dtype: Any) -> Any:
     """An array of currents; in the dtype of params where JAX would cut it to 32 bits."""
-    return cast(array(name, value, "an array of real numbers"), dtype)
+    return cast(check_array(name, value, "an array of real numbers"), dtype)
 
 
 def cast(value: Any, dtype: Any = None) -> Any:
@@ -152,7 +133,7 @@ def cast(value: Any, dtype: Any = None) -> Any:
         return value.astype(dtype or narrow)
 
 
-def names(name: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+def as_names(name: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
     """The names in the order of the known ones, each once."""
     if not isinstance(value, tuple | list | set | frozenset) or not all(isinstance(x, str) for x in value):
         raise TypeError(f"{name}: expected a tuple of names, got {shown(value)}")
@@ -161,13 +142,24 @@ def names(name: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(x for x in known if x in value)
 
 
-def flag(name: str, value: Any) -> bool:
+def check_static(name: str, value: Any) -> None:
+    """That a static hyperparameter has one of its values."""
+    choices = ABOUT[name].choices
+    if choices == (False, True):
+        as_flag(name, value)
+    elif not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
+    elif value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def as_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected a bool, got {shown(value)}")
     return bool(value)
 
 
-def size(name: str, value: Any, low: int, *, symbolic: bool = False) -> Any:
+def as_size(name: str, value: Any, low: int, *, symbolic: bool = False) -> Any:
     if symbolic and export.is_symbolic_dim(value):
         return value
     if not isinstance(value, int | np.integer) or isinstance(value, bool | np.timedelta64):
@@ -177,13 +169,13 @@ def size(name: str, value: Any, low: int, *, symbolic: bool = False) -> Any:
     return int(value)
 
 
-def countable(name: str, *shape: Any) -> None:
+def check_countable(name: str, *shape: Any) -> None:
     """That XLA can count the bits of such an array: one that it cannot ends the process."""
     if math.prod(max(n, 1) for n in shape if isinstance(n, int)) >= 2**57:
         raise ValueError(f"{name}: expected an array of less than 2**57 numbers, got shape {shown(shape)}")
 
 
-def spread(name: str, width: Any, thr: np.ndarray, dtype: Any) -> None:
+def check_jitter(name: str, width: Any, thr: np.ndarray, dtype: Any) -> None:
     """That neither the range of a jitter nor the thresholds overflow with it."""
     top = np.abs(np.asarray(thr, np.float64))
     top = np.where(np.isinf(top), 0, top) + float(width)
@@ -192,7 +184,7 @@ def spread(name: str, width: Any, thr: np.ndarray, dtype: Any) -> None:
             raise ValueError(f"{name}: expected thresholds that stay finite in {np.dtype(dtype)}, got {shown(width)}")
 
 
-def floating(name: str, dtype: Any) -> np.dtype:
+def as_floating_dtype(name: str, dtype: Any) -> np.dtype:
     """The dtype as JAX would store it."""
     dtype = _dtype(name, dtype, "a floating dtype")
     if dtype not in FLOATS:
@@ -200,12 +192,12 @@ def floating(name: str, dtype: Any) -> np.dtype:
     return dtype
 
 
-def requested(name: str, dtype: Any) -> np.dtype:
+def as_requested_dtype(name: str, dtype: Any) -> np.dtype:
     """The same of a dtype that the caller asks for, with a warning where JAX has a narrower one only."""
-    return _warn.narrowed(name, dtype, floating(name, dtype))
+    return _warn.narrowed(name, dtype, as_floating_dtype(name, dtype))
 
 
-def spike_dtype(asked: Any, own: Any) -> np.dtype:
+def as_spike_dtype(asked: Any, own: Any) -> np.dtype:
     """The same of any dtype that can hold spikes; None stands for that of params."""
     dtype = _dtype("spike_dtype", own if asked is None else asked, "a dtype")
     if not (is_real(dtype) or dtype == np.dtype(bool)):
@@ -220,13 +212,12 @@ def _dtype(name: str, dtype: Any, kind: str) -> Any:
         raise TypeError(f"{name}: expected {kind}, got {shown(dtype)}") from None
 
 
-def implementation(value: Any) -> str | None:
+def check_implementation(value: Any) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"implementation: expected None, 'xla' or 'pallas', got {shown(value)}")
-    return value
 
 
-def key(value: Any) -> Any:
+def as_key(value: Any) -> Any:
     """One PRNG key, on the device."""
     if not isinstance(value, jax.Array | np.ndarray):
         raise TypeError(f"key: expected a PRNG key, got {shown(value)}")
@@ -246,8 +237,8 @@ def key(value: Any) -> Any:
 # --- shapes and dtypes ---
 
 
-def shaped(name: str, shape: tuple[int, ...], n_units: int, rule: Rule | None = None) -> None:
-    kind = (rule or RULES[name]).shape
+def check_shape(name: str, shape: tuple[int, ...], n_units: int, kind: str | None = None) -> None:
+    kind = kind or KNOWN[name].shape
     if kind == "scalar" and shape != ():
         raise ValueError(f"{name}: expected a scalar, got shape {shape}")
     if kind == "units" and shape not in ((), (n_units,)):
@@ -258,27 +249,27 @@ def shaped(name: str, shape: tuple[int, ...], n_units: int, rule: Rule | None = 
         raise ValueError(f"{name}: expected shape [..., N], got a scalar")
 
 
-def scalars(**numbers: Any) -> None:
+def check_scalars(**numbers: Any) -> None:
     """That each is one real number."""
     for name, x in numbers.items():
-        shaped(name, real(name, jnp.asarray(x)).shape, 0)
+        check_shape(name, as_real(name, jnp.asarray(x)).shape, 0)
 
 
-def signature(params: SLIFParams, state: SLIFState | None = None, named: str = "state") -> None:
+def check_signature(params: SLIFParams, state: SLIFState | None = None, named: str = "state") -> None:
     """That the leaves of params fit each other, and those of the state them."""
-    thr = real("thr", params.thr)
-    shaped("thr", thr.shape, 0)
-    dtype, n_units = floating("thr", thr.dtype), params.n_units
-    for name in LEAVES:
+    thr = as_real("thr", params.thr)
+    check_shape("thr", thr.shape, 0)
+    dtype, n_units = as_floating_dtype("thr", thr.dtype), params.n_units
+    for name in NUMERIC:
         leaf = getattr(params, name)
         if leaf is not None:
-            shaped(name, real(name, leaf).shape, n_units)
-        elif not RULES[name].optional:
+            check_shape(name, as_real(name, leaf).shape, n_units)
+        elif name not in OPTIONAL:
             raise TypeError(f"{name}: expected a real number or array, got None")
     if params.resist_inh is not None and params.inh_weights is None:
         raise ValueError("inh_weights: expected shape [N, N] because resist_inh is given, got None")
     for name, leaf in params.surrogate.numbers.items():
-        shaped(f"surrogate {name}", real(f"surrogate {name}", leaf).shape, n_units, Rule())
+        check_shape(f"surrogate {name}", as_real(f"surrogate {name}", leaf).shape, n_units, "units")
     if state is None:
         return
     batch = np.shape(state.v)[:-1]
@@ -294,7 +285,7 @@ def signature(params: SLIFParams, state: SLIFState | None = None, named: str = "
         raise ValueError(f"thr: expected a shape that broadcasts to {named}.v {shape}, got shape {thr.shape}")
 
 
-def current(name: str, value: Any, shape: tuple[Any, ...]) -> None:
+def check_currents(name: str, value: Any, shape: tuple[Any, ...]) -> None:
     """Currents of the shape, None standing for any length; they keep their dtype and may hold inf and NaN."""
     if not isinstance(value, jax.Array | np.ndarray) or not (is_real(value.dtype) or value.dtype == bool):
         got = f"dtype {value.dtype}" if hasattr(value, "dtype") else shown(value)
@@ -306,7 +297,7 @@ def current(name: str, value: Any, shape: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected shape {spell(shape)}, got shape {value.shape}{hint}")
 
 
-def mask(name: str, value: Any, shape: tuple[Any, ...]) -> None:
+def check_mask(name: str, value: Any, shape: tuple[Any, ...]) -> None:
     if not isinstance(value, jax.Array | np.ndarray | np.bool_) or value.dtype != bool:
         got = f"dtype {value.dtype}" if hasattr(value, "dtype") else shown(value)
         raise TypeError(f"{name}: expected a boolean array, got {got}")
@@ -314,8 +305,8 @@ def mask(name: str, value: Any, shape: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected shape {spell(shape)}, got shape {value.shape}")
 
 
-def raster(name: str, value: Any) -> Any:
-    value = array(name, value, "an array of spikes")
+def check_raster(name: str, value: Any) -> Any:
+    value = check_array(name, value, "an array of spikes")
     if not (is_real(value.dtype) or value.dtype == bool):
         raise TypeError(f"{name}: expected an array of spikes, got dtype {value.dtype}")
     if value.ndim == 0:
@@ -338,33 +329,33 @@ def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
 # --- both, for what is called now and then ---
 
 
-def scalar(name: str, value: Any, dtype: Any) -> Array:
-    value = put(number(name, value, dtype), dtype)
-    scalars(**{name: value})
+def as_scalar(name: str, value: Any, dtype: Any) -> Array:
+    value = put(as_number(name, value, dtype), dtype)
+    check_scalars(**{name: value})
     return value
 
 
-def params(value: Any) -> SLIFParams:
+def as_device_params(value: Any) -> SLIFParams:
     """Params whose every leaf is checked and on the device."""
-    value = values(value)
-    signature(value)
+    value = as_params(value)
+    check_signature(value)
     return jax.tree.map(lambda x: put(x, value.thr.dtype), value)
 
 
-def host(params: SLIFParams) -> SLIFParams:
+def as_host_params(params: SLIFParams) -> SLIFParams:
     """Checked params in host memory, for a file: the values that were on a device are within bounds too."""
     params = jax.device_get(params)
-    values(params)
+    as_params(params)
     return params
 
 
-def positive(numbers: Any, dtype: Any) -> None:
+def check_slope_numbers(numbers: Any, dtype: Any) -> None:
     """That the numbers, in host memory, are those of a surrogate that has a name."""
     for name, x in numbers.items():
-        real(f"{SURROGATE}{name}", x, dtype)
+        as_real(f"{SURROGATE}{name}", x, dtype)
 
 
-def state(params: SLIFParams, value: Any) -> SLIFState:
+def as_device_state(params: SLIFParams, value: Any) -> SLIFState:
     """A state whose every leaf is checked and on the device."""
-    signature(params, fields(value))
+    check_signature(params, as_state(value))
     return jax.tree.map(lambda x: put(x, params.thr.dtype), value)

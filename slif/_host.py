@@ -55,7 +55,7 @@ def plain(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def numbers(name: str, value: Any) -> np.ndarray:
+def as_numbers(name: str, value: Any) -> np.ndarray:
     """A Python or NumPy value as a plain array of real numbers."""
     if isinstance(value, np.ndarray):
         array = plain(name, value)
@@ -98,11 +98,11 @@ def _converted(name: str, value: Any) -> np.ndarray:
         raise ValueError(f"{name}: expected rows of one length, got {shown(value)}") from None
 
 
-def stored(name: str, array: np.ndarray, dtype: Any, *, endless: bool = False, normal: bool = False) -> np.ndarray:
-    """The array in a dtype that holds its values: finite, but for +inf where `endless`, and not taken for 0 by XLA."""
+def stored(name: str, array: np.ndarray, dtype: Any, *, infinite: bool = False, normal: bool = False) -> np.ndarray:
+    """The array in a dtype that holds its values: finite, but for +inf where `infinite`, and not taken for 0 by XLA."""
     with np.errstate(over="ignore", under="ignore"):
         new = array.astype(dtype)
-    if not (np.isfinite(new) | (endless & np.isposinf(new) & np.isposinf(array))).all():
+    if not (np.isfinite(new) | (infinite & np.isposinf(new) & np.isposinf(array))).all():
         raise ValueError(f"{name}: expected finite values in {new.dtype}, got {shown(array.tolist())}")
     if normal and ((array > 0) & (new < (tiny := jnp.finfo(dtype).tiny))).any():
         raise ValueError(f"{name}: expected no positive value below {tiny} in {new.dtype}, got {shown(array.tolist())}")

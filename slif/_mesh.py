@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from slif.types import SLIFParams, SLIFState
+from slif.types import SLIFState
 
 
 def varying(array: Array) -> frozenset[str]:
@@ -17,7 +17,7 @@ def varying(array: Array) -> frozenset[str]:
     return frozenset(axes or ())
 
 
-def alike(tree: Any) -> Any:
+def match_varying_axes(tree: Any) -> Any:
     """The leaves, each differing over all axes over which one of them does: a loop's carry has to from the start."""
     axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(tree)))
 
@@ -32,50 +32,55 @@ def alike(tree: Any) -> Any:
     return jax.tree.map(cast, tree) if axes else tree
 
 
-def follow(params: SLIFParams, state: SLIFState, currents: Array, valid: Array | None = None) -> tuple[Any, ...]:
+def explicit_axes(x: Array) -> list[Any]:
+    """The mesh axes that each axis of x is sharded over explicitly, or None."""
+    spec = jax.typeof(x).sharding.spec
+    return [*spec, *[None] * (x.ndim - len(spec))]
+
+
+def explicit_mesh(*arrays: Array) -> Any:
+    """The mesh of explicit axes that one of the arrays is on, or None."""
+    mesh = next((m for x in arrays if not (m := jax.typeof(x).sharding.mesh).empty), None)
+    return mesh if mesh is not None and AxisType.Explicit in mesh.axis_types else None
+
+
+def reshard(x: Array, mesh: Any, *axes: Any) -> Array:
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def reshard_like_currents(
+    params: Any, state: SLIFState, currents: Array, valid: Array | None = None
+) -> tuple[Any, ...]:
     """All of them with the sharding of the currents [T, ..., N], on a mesh whose axes are explicit.
 
     There a state at rest is replicated like any new array, and JAX refuses to mix it with what is not. Axes that only
     the state is sharded over, the currents take from it.
     """
-    mesh = next((m for x in (currents, state.v) if not (m := jax.typeof(x).sharding.mesh).empty), None)
-    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+    mesh = explicit_mesh(currents, state.v)
+    if mesh is None:
         return params, state, currents, valid
-    time, *own = names(currents)
-    row = [a if a is not None else b for a, b in zip(own, names(state.v), strict=True)]
+    time, *row = explicit_axes(currents)
+    row = [a if a is not None else b for a, b in zip(row, explicit_axes(state.v), strict=True)]
 
-    def place(x: Array, *names: Any) -> Array:
-        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*names)))
-
-    def units(x: Array) -> Array:
-        return x if x.shape[-1:] != params.thr.shape[-1:] else place(x, *[None] * (x.ndim - 1), row[-1])
+    def shard_units(x: Array) -> Array:
+        return x if x.shape[-1:] != state.v.shape[-1:] else reshard(x, mesh, *[None] * (x.ndim - 1), row[-1])
 
     return (
-        jax.tree.map(units, params),
-        jax.tree.map(lambda x: place(x, *row), state),
-        place(currents, time, *row),
-        valid if valid is None else place(valid, time, *row[:-1]),
+        jax.tree.map(shard_units, params),
+        jax.tree.map(lambda x: reshard(x, mesh, *row), state),
+        reshard(currents, mesh, time, *row),
+        valid if valid is None else reshard(valid, mesh, time, *row[:-1]),
     )
 
 
 def broadcast_like(x: Array, other: Array) -> Array:
-    """x in the shape of the other, and sharded as it is, on a mesh whose axes are explicit."""
+    """x in the shape of the other, and sharded as it is."""
     x = jnp.broadcast_to(x.reshape((1,) * (other.ndim - x.ndim) + x.shape), other.shape)
-    mesh = jax.typeof(other).sharding.mesh
-    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
-        return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*names(other))))
+    mesh = explicit_mesh(other)
+    return x if mesh is None else reshard(x, mesh, *explicit_axes(other))
 
 
-def gathered(s: Array) -> Array:
-    """s with its units on every device, for a product over them, on a mesh whose axes are explicit."""
-    *batch, units = names(s)
-    if units is None:
-        return s
-    return jax.sharding.reshard(s, NamedSharding(jax.typeof(s).sharding.mesh, PartitionSpec(*batch, None)))
-
-
-def names(x: Array) -> list[Any]:
-    """The mesh axes that each axis of x is sharded over explicitly, or None."""
-    spec = jax.typeof(x).sharding.spec
-    return [*spec, *[None] * (x.ndim - len(spec))]
+def replicate_units(s: Array) -> Array:
+    """s with all of its units on every device, for a product over them."""
+    *batch, units = explicit_axes(s)
+    return s if units is None else reshard(s, jax.typeof(s).sharding.mesh, *batch, None)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
 from slif._host import holds_arrays
 
@@ -52,7 +51,7 @@ def euler(tau_m: Any, dt: Any) -> None:
     )
 
 
-def jitter(thr: ArrayLike, width: ArrayLike) -> None:
+def jitter(thr: Any, width: Any) -> None:
     """Warns of a jitter that leaves thresholds below 0, the potential at rest."""
     if isinstance(thr, jax.Array) or isinstance(width, jax.Array) or not width:
         return

@@ -22,6 +22,7 @@ import numpy as np
 from flax import serialization
 
 from slif import _check
+from slif.hyperparameters import ABOUT, STATIC
 from slif.surrogate import kind_of, named
 from slif.types import FIELDS, SLIFParams, SLIFState
 
@@ -59,12 +60,12 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
         Array([0., 0., 0.], dtype=float32)
     """
     path = _path("path", path)
-    params = _check.params(params)
-    state = jax.device_get(_check.state(params, state))
-    params = _check.host(params)
+    params = _check.as_device_params(params)
+    state = jax.device_get(_check.as_device_state(params, state))
+    params = _check.as_host_params(params)
     static = {"kind": kind_of(params.surrogate), "detach_reset": params.surrogate.detach_reset}
-    static |= {name: getattr(params, name) for name in _check.FLAGS}
-    _check.positive(params.surrogate.numbers, params.thr.dtype)
+    static |= {name: getattr(params, name) for name in STATIC}
+    _check.check_slope_numbers(params.surrogate.numbers, params.thr.dtype)
     params = params.replace(surrogate=params.surrogate.numbers)
     body = serialization.to_bytes({"params": params, "state": state, **static})
     with _replacing(path) as file:
@@ -139,10 +140,10 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
         (1, 3)
     """
     path = _ngclearn_file(directory, name)
-    params = _check.params(params)
-    state = jax.device_get(_check.state(params, state))
-    params = _check.host(params)
-    thr = np.asarray(_check.real("thr", state.thr if params.thr_persist else params.thr))
+    params = _check.as_device_params(params)
+    state = jax.device_get(_check.as_device_state(params, state))
+    params = _check.as_host_params(params)
+    thr = np.asarray(_check.as_real("thr", state.thr if params.thr_persist else params.thr))
     # ngc-learn holds float32 and has no other 16-bit type than NumPy's.
     thr = thr.astype(np.promote_types(thr.dtype, np.float32)).reshape(-1, params.n_units)
     with _replacing(path) as file:
@@ -183,12 +184,12 @@ def load_ngclearn(
         True
     """
     path = _ngclearn_file(directory, name)
-    params = _check.params(params)
-    state = _check.state(params, state)
+    params = _check.as_device_params(params)
+    state = _check.as_device_state(params, state)
     shape = state.v.shape
     with _reading(path) as file:
         thr = _thresholds(file, ((1, params.n_units), (math.prod(shape[:-1]), params.n_units)))
-        thr = np.asarray(_check.real("thr", thr, params.thr.dtype)).astype(params.thr.dtype)
+        thr = np.asarray(_check.as_real("thr", thr, params.thr.dtype)).astype(params.thr.dtype)
     base = thr[0] if len(thr) == 1 else thr.reshape(shape)
     now = np.array(np.broadcast_to(base, shape))
     return params.replace(thr=jax.device_put(base)), state.replace(thr=jax.device_put(now))
@@ -240,11 +241,13 @@ def _taken(cell: Any) -> tuple[SLIFParams, SLIFState]:
         leaves["inh_weights"] = np.asarray(jax.device_get(cell.inh_weights))
         if np.diagonal(leaves["inh_weights"]).any():
             raise ValueError("expected inh_weights with a zero diagonal, got a unit that inhibits itself")
-    flags: Any = {name: bool(getattr(cell, name)) for name in _check.FLAGS}
-    params = _check.params(SLIFParams(**jax.device_get(leaves), **flags))
+    static: Any = {name: bool(getattr(cell, name)) for name in ("sticky_spikes", "thr_persist")}
     fields: Any = {name: np.asarray(jax.device_get(getattr(cell, name).get()), np.float32) for name in FIELDS}
     fields = {name: np.array(np.broadcast_to(x, fields["v"].shape)) for name, x in fields.items()}
-    return params, _check.state(params, SLIFState(**fields))
+    if not {"thr_gain", "thr_leak", "rho_b"} & set(leaves) and (fields["thr"] != base).any():
+        leaves["thr_gain"] = np.float32(0)  # with which the thresholds are those of the state
+    params = _check.as_device_params(SLIFParams(**jax.device_get(leaves), **static))
+    return params, _check.as_device_state(params, SLIFState(**fields))
 
 
 def _path(name: str, value: Any) -> str:
@@ -376,20 +379,20 @@ def _reading(path: str) -> Iterator[IO[bytes]]:
             raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
-def _restored(
-    params: Any, state: Any, kind: Any, detach_reset: Any, sticky_spikes: Any, thr_persist: Any
-) -> tuple[SLIFParams, SLIFState]:
-    """What `save` was given, from the entries of its file; one more or less is a TypeError."""
+def _restored(params: Any, state: Any, kind: Any, detach_reset: Any, **static: Any) -> tuple[SLIFParams, SLIFState]:
+    """What `save` was given, from the entries of its file; what is static and newer than the file has its default."""
+    if unknown := sorted(set(static).difference(STATIC)):
+        raise ValueError(f"expected entries among {', '.join(STATIC)}, got {', '.join(unknown)}")
     for keys, x in jax.tree_util.tree_leaves_with_path({"params": params, "state": state}):
-        _check.array(jax.tree_util.keystr(keys, simple=True, separator="."), x)
+        _check.check_array(jax.tree_util.keystr(keys, simple=True, separator="."), x)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise ValueError(f"expected jax_enable_x64 to be set, since the file holds {x.dtype}")
     surrogate = named(kind, params.pop("surrogate"), detach_reset)
-    flags: Any = {"sticky_spikes": sticky_spikes, "thr_persist": thr_persist}
-    params, state = SLIFParams(**params, **flags, surrogate=surrogate), SLIFState(**state)
+    static = {name: static.get(name, ABOUT[name].default) for name in STATIC}
+    params, state = SLIFParams(**params, **static, surrogate=surrogate), SLIFState(**state)
     # On the host, where values can be looked at. The leaves go on as they are: the check would cast them.
-    _check.values(params)
-    _check.positive(surrogate.numbers, params.thr.dtype)
+    _check.as_params(params)
+    _check.check_slope_numbers(surrogate.numbers, params.thr.dtype)
     params, state = jax.device_put((params, state))
-    _check.signature(params, _check.fields(state))
+    _check.check_signature(params, _check.as_state(state))
     return params, state

@@ -1,49 +1,44 @@
 """The cell as Flax Linen modules: `SLIFCell` for `nn.RNN`, and `SLIF` for whole sequences."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from slif import _layers
+from slif import _check, _layers
 from slif._host import transfers
-from slif.surrogate import Surrogate
+from slif.hyperparameters import MechanismFields, Numbers
+from slif.request import Records
 from slif.types import SLIFParams, SLIFState
 
-__all__ = ["SLIF", "SLIFCell", "trainable"]
+__all__ = ["SLIF", "LeakyIntegrator", "SLIFCell", "trainable"]
 
 
-class _Neurons(nn.Module):
+class _Layer(nn.Module):
     features: int
     _: dataclasses.KW_ONLY
     dt: float
-    tau_m: ArrayLike
-    resist_m: ArrayLike
-    thr: ArrayLike
-    resist_inh: ArrayLike = 0.0
-    thr_persist: bool = False
-    thr_gain: ArrayLike = 0.0
-    thr_leak: ArrayLike = 0.0
-    rho_b: ArrayLike = 0.0
-    refract_time: ArrayLike = 0.0
-    sticky_spikes: bool = False
-    thr_jitter: ArrayLike = 0.05
-    surrogate: Surrogate | None = None
-    dtype: DTypeLike = "float32"
+    tau_m: Numbers
+    resist_m: Numbers | None = None
     learn: tuple[str, ...] = ()
+    dtype: DTypeLike = "float32"
 
     @nn.nowrap  # otherwise `tabulate` shows this call in place of the layer's own
+    def _given(self) -> dict[str, Any]:
+        """The hyperparameters as they were given."""
+        return _layers.integrator(self.tau_m, self.resist_m, self.dtype)
+
+    @nn.nowrap
     def _hyper(self) -> dict[str, Any]:
-        others = ("features", "dt", "learn", "time_major", "parent", "name")
-        names = [field.name for field in dataclasses.fields(self) if field.name not in others]
-        return _layers.switch_on({name: getattr(self, name) for name in names}, self.learn)
+        return _layers.complete(self._given(), self.learn, self.dt)
 
     def __post_init__(self):
         super().__post_init__()
-        _layers.watch(self.features, self._hyper(), self.dt)
+        _layers.check_made(self.features, self._hyper(), self.dt)
 
     def setup(self):
         hyper = self._hyper()
@@ -63,7 +58,30 @@ class _Neurons(nn.Module):
     @nn.nowrap
     def slif_params(self) -> SLIFParams:
         """The parameters of the cell now, for `slif.simulate` and its like."""
-        return _layers.assemble(_layers.given_params(self.features, self._hyper()), self.stored)
+        return _layers.assemble(_layers.given_params(self.features, self._hyper()), self.stored, self.dt)
+
+
+class _Neurons(_Layer, MechanismFields):
+    thr: Numbers
+    recurrent: bool = False
+    recurrent_kernel_init: nn.initializers.Initializer = nn.initializers.orthogonal()
+
+    @nn.nowrap
+    def _given(self) -> dict[str, Any]:
+        names = ("tau_m", "resist_m", "thr", *MechanismFields.__annotations__)
+        return {name: getattr(self, name) for name in names}
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check.as_flag("recurrent", self.recurrent)
+
+    def setup(self):
+        super().setup()
+        self.feedback = None
+        if self.recurrent:
+            shape, dtype = (self.features, self.features), _layers.wide(self.dtype)
+            with transfers():
+                self.feedback = self.param("recurrent_kernel", self.recurrent_kernel_init, shape, dtype)
 
 
 class SLIFCell(nn.RNNCellBase, _Neurons):
@@ -78,14 +96,19 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
     Args:
         features: the number of units, N.
         dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
-        tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
-            thr_jitter, surrogate, dtype: as in `slif.init_params`.
+        tau_m, thr: as in `slif.init_params`.
+        resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
+            j moves v by j in a step, which is what the usual initialisers of weights are made for.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist, thr_jitter, surrogate,
+            dtype: as in `slif.init_params`.
         learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
             logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
             "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
             array [N] is one a unit, thr is always [N]. All steps share one set of parameters, as `nn.RNN` has it by
             default ("params" in its `variable_broadcast`).
             With a surrogate with respect to the current, only resist_m, resist_inh and inh_weights can be trained.
+        recurrent: add s @ recurrent_kernel, of the spikes of the step before, to the inputs.
+        recurrent_kernel_init: initialiser of the "recurrent_kernel" [N, N], which is trained.
 
     Returns:
         Of a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is the `SLIFState`
@@ -107,7 +130,7 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs)
+        return _layers.run_cell(self.slif_params(), self.dt, carry, inputs, self.feedback)
 
     def initialize_carry(self, rng: Array | None, input_shape: tuple[int, ...]) -> _layers.Carry:
         """The cell at rest, with the stored thresholds; `rng` is not used."""
@@ -120,7 +143,7 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
                 "initialize_carry: the thresholds are stored in the variables, which an unbound cell does not have; "
                 "use cell.apply(variables, rng, input_shape, method='initialize_carry') or nn.RNN"
             )
-        given = _layers.given_params(self.features, {**hyper, "resist_inh": 0.0})
+        given = _layers.given_params(self.features, {**hyper, "resist_m": 1.0, "resist_inh": 0.0})
         return _layers.initial_carry(given, input_shape)
 
     @property
@@ -138,9 +161,12 @@ class SLIF(_Neurons):
     Args:
         features: the number of units, N.
         dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
-        tau_m, resist_m, thr, resist_inh, thr_persist, thr_gain, thr_leak, rho_b, refract_time, sticky_spikes,
-            thr_jitter, surrogate, dtype: as in `slif.init_params`.
-        learn: names of the parameters to train, as in `SLIFCell`.
+        tau_m, thr: as in `slif.init_params`.
+        resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
+            j moves v by j in a step, which is what the usual initialisers of weights are made for.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist, thr_jitter, surrogate,
+            dtype: as in `slif.init_params`.
+        learn, recurrent, recurrent_kernel_init: as in `SLIFCell`.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
 
     Returns:
@@ -165,18 +191,34 @@ class SLIF(_Neurons):
 
     time_major: bool = True
 
+    @overload
+    def __call__(
+        self, x: Array, *, return_state: Literal[False] = False, **options: Unpack[_layers.CallOptions]
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, x: Array, *, return_state: Literal[True], **options: Unpack[_layers.CallOptions]
+    ) -> tuple[Array, SLIFState]: ...
+    @overload
+    def __call__(
+        self, x: Array, *, record: Records, return_state: Literal[False] = False, **options: Unpack[_layers.CallOptions]
+    ) -> dict[str, Array]: ...
+    @overload
+    def __call__(
+        self, x: Array, *, record: Records, return_state: Literal[True], **options: Unpack[_layers.CallOptions]
+    ) -> tuple[dict[str, Array], SLIFState]: ...
     def __call__(
         self,
         x: Array,
         *,
         initial_state: SLIFState | None = None,
-        valid: Array | None = None,
-        record: tuple[str, ...] = ("s",),
+        valid: Array | np.ndarray | None = None,
+        record: Records = ("s",),
         return_state: bool = False,
         t0: ArrayLike = 0.0,
         spike_dtype: DTypeLike | None = None,
         checkpoint_every: int | None = None,
-        implementation: str | None = None,
+        implementation: Literal["xla", "pallas"] | None = None,
     ) -> Any:
         """Runs the layer over a sequence.
 
@@ -205,6 +247,86 @@ class SLIF(_Neurons):
             spike_dtype=spike_dtype,
             checkpoint_every=checkpoint_every,
             implementation=implementation,
+            feedback=self.feedback,
+        )
+
+
+class LeakyIntegrator(_Layer):
+    """A layer of leaky integrators, cells that never fire: a read-out, or a synapse in front of another layer.
+
+        v = v + ((x resist_m - v) / tau_m) dt
+
+    Args:
+        features: the number of units, N.
+        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
+        tau_m: time constant, ms; a scalar or [N].
+        resist_m: what a lasting current of 1 takes v to; None, the default, is tau_m / dt, with which x moves v by x in
+            a step.
+        learn: names of the parameters to train, "tau_m" and "resist_m", as in `SLIFCell`.
+        dtype: dtype of v.
+        time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
+
+    Returns:
+        Of a call with currents x: v at every step, in the shape of x.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+
+    Source: the subthreshold equation of `slif.step`.
+
+    Example:
+        >>> readout = LeakyIntegrator(2, dt=1.0, tau_m=4.0)
+        >>> readout.apply({}, jax.numpy.ones((3, 2)))[:, 0]
+        Array([1.    , 1.75  , 2.3125], dtype=float32)
+    """
+
+    time_major: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check.as_names("learn", self.learn, ("tau_m", "resist_m"))
+
+    @overload
+    def __call__(
+        self, x: Array, *, return_state: Literal[False] = False, **options: Unpack[_layers.IntegratorOptions]
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, x: Array, *, return_state: Literal[True], **options: Unpack[_layers.IntegratorOptions]
+    ) -> tuple[Array, SLIFState]: ...
+    def __call__(
+        self,
+        x: Array,
+        *,
+        initial_state: SLIFState | None = None,
+        valid: Array | np.ndarray | None = None,
+        return_state: bool = False,
+        t0: ArrayLike = 0.0,
+    ) -> Any:
+        """Runs the layer over a sequence.
+
+        Args:
+            x: currents [T, ..., N], or [..., T, N] if not `time_major`.
+            initial_state: the state before the first step; None for rest.
+            valid: boolean [T, ...] (or [..., T]): where False, the row's v stands still.
+            return_state: return the state after the last step as well.
+            t0: the time of the first step, ms.
+
+        Returns:
+            v, in the shape of x; with `return_state` a pair of that and the state.
+        """
+        return _layers.run_sequence(
+            self.slif_params(),
+            self.dt,
+            x,
+            time_major=self.time_major,
+            initial_state=initial_state,
+            valid=valid,
+            record=("v",),
+            alone="v",
+            return_state=return_state,
+            t0=t0,
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from slif import _check
-from slif._check import FLAGS
+from slif.hyperparameters import ABOUT, OPTIONAL, STATIC
 from slif.surrogate import Surrogate, kind_of, named, secant
 from slif.types import SLIFParams
 
@@ -20,7 +20,7 @@ except ImportError as error:
 __all__ = ["from_nir", "to_nir"]
 
 MAX_UNITS = 2**31 - 1
-MECHANISMS = ("thr_gain", "thr_leak", "rho_b", "resist_inh", "inh_weights")
+PER_STEP = tuple(name for name in OPTIONAL if name != "refract_time")  # these act once a step, whatever its length
 
 
 def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF:
@@ -53,13 +53,13 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
         >>> to_nir(params, dt=1.0).tau
         array([0.02, 0.02, 0.02])
     """
-    params = _check.host(_check.params(params))
-    strict = _check.flag("strict", strict)
+    params = _check.as_host_params(_check.as_device_params(params))
+    strict = _check.as_flag("strict", strict)
     dtype = params.thr.dtype
     dt = _time_step(dt, np.promote_types(dtype, np.float32))
     if params.thr.ndim != 1:
         raise ValueError(f"thr: expected shape [N], got shape {params.thr.shape}; NIR has no batches")
-    leaves = {name: _wide(getattr(params, name)) for name in MECHANISMS if getattr(params, name) is not None}
+    leaves = {name: _wide(getattr(params, name)) for name in PER_STEP if getattr(params, name) is not None}
     lost = _lost(params, leaves, dt.astype(dtype))
     if lost and strict:
         raise ValueError(f"params: NIR has no {', no '.join(lost)}; strict=False keeps them in the metadata")
@@ -70,7 +70,7 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
             leaves["refract_time"] = _wide(params.refract_time)
         # Plain scalars, since the files of NIR hold no compressed array of rank 0.
         kept["params"] = {name: x[()] for name, x in leaves.items()}
-        kept["params"] |= {name: getattr(params, name) for name in FLAGS}
+        kept["params"] |= {name: getattr(params, name) for name in STATIC}
         kept["dt"] = float(dt)
 
     def units(value: Any) -> np.ndarray:
@@ -117,7 +117,7 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
         raise TypeError(f"node: expected a nir.LIF, got {type(node).__name__}")
     dt = _time_step(dt, np.float32)
     if n_units is not None:
-        n_units = _check.size("n_units", n_units, 1)
+        n_units = _check.as_size("n_units", n_units, 1)
     fields = {name: _field(node, name) for name in ("tau", "r", "v_leak", "v_threshold", "v_reset")}
     for name in ("v_leak", "v_reset"):
         if fields[name].any():
@@ -142,9 +142,13 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
         "thr": thr,
         **_kept_params(kept, dt),
     }
-    flags: dict[str, Any] = {name: _check.flag(name, leaves.pop(name, False)) for name in FLAGS}
-    leaves = {name: np.asarray(_check.real(name, jax.device_get(x), dtype)).astype(dtype) for name, x in leaves.items()}
-    return _check.params(SLIFParams(**leaves, **flags, surrogate=_kept_surrogate(kept, dtype)))
+    static = {name: leaves.pop(name, ABOUT[name].default) for name in STATIC}
+    for name, value in static.items():
+        _check.check_static(name, value)
+    leaves = {
+        name: np.asarray(_check.as_real(name, jax.device_get(x), dtype)).astype(dtype) for name, x in leaves.items()
+    }
+    return _check.as_device_params(SLIFParams(**leaves, **static, surrogate=_kept_surrogate(kept, dtype)))
 
 
 def _field(node: nir.LIF, name: str) -> np.ndarray:
@@ -160,8 +164,8 @@ def _field(node: nir.LIF, name: str) -> np.ndarray:
 
 def _time_step(dt: Any, dtype: Any) -> np.ndarray:
     """In host memory; one that was on a device is looked at there."""
-    dt = _wide(_check.scalar("dt", dt, dtype))
-    _check.real("dt", dt, dtype)
+    dt = _wide(_check.as_scalar("dt", dt, dtype))
+    _check.as_real("dt", dt, dtype)
     return dt
 
 
@@ -173,17 +177,17 @@ def _wide(value: Any) -> np.ndarray:
 
 def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> list[str]:
     """What the cell does and NIR has no word for; a mechanism that is there at 0 does nothing."""
-    lost = []
-    if params.refract_time is not None and (_wide(params.refract_time).astype(dt.dtype) > dt).any():
-        lost.append("refract_time > dt")
-        if params.sticky_spikes:
-            lost.append("sticky_spikes")
-    if leaves.get("rho_b", 0) > 0:
-        lost.append("rho_b")
-    else:
-        lost += [name for name in ("thr_gain", "thr_leak") if np.any(leaves.get(name, 0))]
-    if np.any(leaves.get("resist_inh", np.zeros(1)) > 0):
-        lost.append("resist_inh with inh_weights")
+    refractory = params.refract_time is not None and (_wide(params.refract_time).astype(dt.dtype) > dt).any()
+    acting = {name for name, x in leaves.items() if np.any(x > 0 if ABOUT[name].positive else x != 0)}
+    if "rho_b" in acting:
+        acting -= {"thr_gain", "thr_leak"}
+    lost = (["refract_time > dt"] if refractory else []) + [
+        name for name in PER_STEP if name in acting and name != "inh_weights"
+    ]
+    lost = ["resist_inh with inh_weights" if name == "resist_inh" else name for name in lost]
+    # Two of the static ones change nothing here: `slif.reset` is no part of NIR, and without a period nothing sticks.
+    idle = {"thr_persist"} if refractory else {"thr_persist", "sticky_spikes"}
+    lost += [name for name in STATIC if getattr(params, name) != ABOUT[name].default and name not in idle]
     try:
         kind_of(params.surrogate)
     except ValueError:
@@ -202,7 +206,7 @@ def _surrogate_metadata(surrogate: Surrogate, dtype: Any) -> dict[str, Any]:
     except ValueError:
         return {}
     numbers = {name: _wide(x)[()] for name, x in numbers.items()}
-    _check.positive(numbers, dtype)
+    _check.check_slope_numbers(numbers, dtype)
     return {"surrogate": {"kind": kind, "detach_reset": surrogate.detach_reset, "numbers": numbers}}
 
 
@@ -212,16 +216,16 @@ def _kept_surrogate(kept: dict[str, Any], dtype: Any) -> Surrogate:
     told = _mapping(kept, "surrogate")
     numbers = jax.device_get(_mapping(told, "numbers"))
     surrogate = named(told.get("kind"), numbers, told.get("detach_reset"))
-    _check.positive(numbers, dtype)
+    _check.check_slope_numbers(numbers, dtype)
     return surrogate
 
 
 def _kept_params(kept: dict[str, Any], dt: np.ndarray) -> dict[str, Any]:
     params = _mapping(kept, "params")
-    known = (*MECHANISMS, "refract_time", *FLAGS)
+    known = (*OPTIONAL, *STATIC)
     if unknown := [name for name in params if name not in known]:
         raise ValueError(f"metadata: expected names among {', '.join(known)}, got {unknown}")
-    if set(params) & set(MECHANISMS):
+    if set(params) & set(PER_STEP):
         told: Any = kept.get("dt")
         number = isinstance(told, int | float | np.number) and _check.is_real(np.asarray(told).dtype)
         if not (number and abs(float(told) - float(dt)) <= 1e-6 * float(dt)):

@@ -198,7 +198,7 @@ def surrogates(
     for name, surrogate in several.items():
         if not isinstance(surrogate, Surrogate):
             raise TypeError(f"which: expected surrogates, got {surrogate!r} for {name!r}")
-    points = np.linspace(-1.5, 1.5, 1001) if x is None else np.sort(np.ravel(_check.real("x", x)))
+    points = np.linspace(-1.5, 1.5, 1001) if x is None else np.sort(np.ravel(_check.as_real("x", x)))
     ax = _figure(1, (7, 4))[0] if ax is None else ax
     styles, peaks = ("-", "--", ":", "-."), []
     for k, (name, surrogate) in enumerate(several.items()):
@@ -244,7 +244,7 @@ def _draw_unit(
 
 def _refractory(params: SLIFParams | None, rfr: np.ndarray | None) -> np.ndarray | None:
     """Whether a unit was refractory at each step, by the clock that the step before left."""
-    if params is None or rfr is None or _check.params(params).refract_time is None:
+    if params is None or rfr is None or _check.as_device_params(params).refract_time is None:
         return None
     blocked = rfr < np.asarray(jax.device_get(params.refract_time), rfr.dtype)
     return np.concatenate([np.zeros_like(blocked[:1]), blocked[:-1]])
@@ -270,7 +270,7 @@ def _series(name: str, value: Any, row: int | tuple[int, ...] | None) -> np.ndar
 def _units(units: int | Sequence[int] | None, n: int) -> list[int]:
     if units is None:
         return list(range(min(n, 3)))
-    chosen = [_check.size("units", unit, 0) for unit in np.ravel(np.asarray(units))]
+    chosen = [_check.as_size("units", unit, 0) for unit in np.ravel(np.asarray(units))]
     if not chosen or len(chosen) > MOST_PANELS:
         raise ValueError(f"units: expected 1 to {MOST_PANELS} units, got {len(chosen)}; `raster` draws many")
     if max(chosen) >= n:
@@ -279,7 +279,7 @@ def _units(units: int | Sequence[int] | None, n: int) -> list[int]:
 
 
 def _number(name: str, value: float) -> float:
-    array = np.asarray(jax.device_get(_check.real(name, value)))
+    array = np.asarray(jax.device_get(_check.as_real(name, value)))
     if array.ndim != 0:
         raise ValueError(f"{name}: expected a scalar, got shape {array.shape}")
     return float(array)

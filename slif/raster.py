@@ -27,7 +27,7 @@ def pack_spikes(s: Array) -> Array:
         >>> pack_spikes(jnp.array([1.0, 0, 0, 0, 0, 0, 0, 0, 1.0]))
         Array([1, 1], dtype=uint8)
     """
-    s = _check.raster("s", s)
+    s = _check.check_raster("s", s)
     with _check.transfers():
         return jnp.packbits(_check.put(s, bool).astype(bool), axis=-1, bitorder="little")
 
@@ -54,7 +54,7 @@ def unpack_spikes(packed: Array, n_units: int) -> Array:
         >>> unpack_spikes(jnp.array([5], jnp.uint8), 3)
         Array([ True, False,  True], dtype=bool)
     """
-    packed, n_units = _check.raster("packed", packed), _check.size("n_units", n_units, 1, symbolic=True)
+    packed, n_units = _check.check_raster("packed", packed), _check.as_size("n_units", n_units, 1, symbolic=True)
     if packed.dtype != jnp.uint8:
         raise TypeError(f"packed: expected dtype uint8, got {packed.dtype}")
     if packed.shape[-1] != -(-n_units // 8):

@@ -1,6 +1,7 @@
 """What a run is asked for, beside the cell and its input, and how its records are made."""
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,17 @@ from slif.types import FIELDS, SLIFState
 
 SUMMARIES = ("spike_count", "first_spike_time")
 RECORDS = ("u", *FIELDS, "s_packed", *SUMMARIES)
+Record = Literal["u", "j", "v", "s", "thr", "rfr", "tols", "surrogate", "s_packed", "spike_count", "first_spike_time"]
+Records = Collection[Record]
 
 
 class Request(struct.PyTreeNode):
-    """The clock, the mask, and what to return; one value from the entry to every loop."""
+    """The clock, the mask, the feedback, and what to return; one value from the entry to every loop."""
 
     dt: Array  # ms
     t0: Array  # time of the first step, ms
-    valid: Array | None = None  # [T, ..., 1] where False, a row is frozen
+    valid: Any = None  # [T, ..., 1] where False, a row is frozen
+    feedback: Any = None  # [N, N] from the spikes of a step to the currents of the next
     record: tuple[str, ...] = struct.field(pytree_node=False, default=("s",))
     spike_dtype: np.dtype = struct.field(pytree_node=False, default=np.dtype("float32"))
     checkpoint_every: int | None = struct.field(pytree_node=False, default=None)
@@ -36,35 +40,40 @@ class Request(struct.PyTreeNode):
         steps = jnp.arange(n_steps, dtype=jnp.int32)
         return self.t0.astype(self.wide) + steps.astype(self.wide) * self.dt.astype(self.wide)
 
-    def summaries(self, state: SLIFState) -> dict[str, Any]:
-        """The running summaries before the first step, those that are asked for."""
+    def start_summaries(self, fill: Callable[[Any, Any], Array], *, differentiable: bool = True) -> dict[str, Array]:
+        """The running summaries before the first step, those that are asked for; `fill(value, dtype)` is [..., N]."""
         summaries = {}
         if "spike_count" in self.record:
-            summaries["count"] = jnp.zeros_like(state.v, jnp.int32), jnp.zeros_like(state.v, self.wide)
+            # The integer is exact, where float32 stops at 2^24. The sum in floating point is what has a derivative; the
+            # compiler leaves it out where nobody asks for one.
+            summaries["spike_count"] = fill(0, jnp.int32)
+            if differentiable:
+                summaries["spike_sum"] = fill(0, self.wide)
         if "first_spike_time" in self.record:
-            summaries["first_spike_time"] = jnp.full_like(state.v, jnp.inf, self.wide)
+            summaries["first_spike_time"] = fill(jnp.inf, self.wide)
         return summaries
 
-    def summarise(self, summaries: dict[str, Any], s: Array, t: Array) -> dict[str, Any]:
+    def summarise(self, summaries: dict[str, Array], s: Array, t: Array) -> dict[str, Array]:
         """The summaries after one more step, whose spikes are s."""
         new = dict(summaries)
-        if "count" in new:
-            count, total = new["count"]
-            new["count"] = count + (s > 0).astype(jnp.int32), total + s.astype(self.wide)
+        if "spike_count" in new:
+            new["spike_count"] = jnp.where(s > 0, new["spike_count"] + 1, new["spike_count"])
+        if "spike_sum" in new:
+            new["spike_sum"] += s.astype(self.wide)
         if "first_spike_time" in new:
             first = new["first_spike_time"]
-            new["first_spike_time"] = jnp.where((s > 0) & (first == jnp.inf), lax.stop_gradient(t), first)
+            new["first_spike_time"] = jnp.where(s > 0, jnp.minimum(first, lax.stop_gradient(t)), first)
         return new
 
-    def summed_up(self, summaries: dict[str, Any]) -> dict[str, Array]:
-        """The summaries after the last step, as they are returned."""
-        told = dict(summaries)
-        if "count" in told:
-            # The integer is exact, where float32 stops at 2^24; the sum in floating point is what has a derivative, and
-            # where nobody asks for one, the compiler leaves it out.
-            count, total = told.pop("count")
-            told["spike_count"] = attach(count.astype(self.wide), total, jnp.ones_like(total))
-        return told
+    def finish_summaries(self, summaries: dict[str, Array]) -> dict[str, Array]:
+        """The summaries as they are returned, after the last step."""
+        finished = dict(summaries)
+        if "spike_count" in finished:
+            finished["spike_count"] = finished["spike_count"].astype(self.wide)
+        if "spike_sum" in finished:
+            total = finished.pop("spike_sum")
+            finished["spike_count"] = attach(finished["spike_count"], total, jnp.ones_like(total))
+        return finished
 
     def observe(self, state: SLIFState, u: Array, s: Array) -> dict[str, Array]:
         """What is recorded of one step, from the state after it, its u, and the spikes that it shows."""
@@ -76,8 +85,8 @@ class Request(struct.PyTreeNode):
         return {name: shown[name] for name in self.record if name not in SUMMARIES}
 
 
-def freeze(live: Array | None, new: Any, old: Any) -> Any:
-    """`new` in the rows that are live, [..., 1], or at a step that is, a scalar; `old` in the others."""
-    if live is None:
+def freeze(valid: Array | None, new: Any, old: Any) -> Any:
+    """`new` in the rows that are valid, [..., 1], or at a step that is, a scalar; `old` in the others."""
+    if valid is None:
         return new
-    return jax.tree.map(lambda n, o: jnp.where(live, n, o), new, old)
+    return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old)

@@ -1,41 +1,47 @@
-"""A whole sequence through the cell: the entry, and the derivative of the secant."""
+"""A whole sequence through the cell."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from slif import _check, _warn
-from slif._attach import attach
-from slif._mesh import alike, follow
-from slif.cell import adapts, drive, prepare, take_thresholds
+from slif._mesh import match_varying_axes, reshard_like_currents
+from slif.cell import adapts, take_thresholds
+from slif.current_gradient import attach_gradient
+from slif.init import at_rest
 from slif.loops.choose import choose
-from slif.request import RECORDS, Request
+from slif.request import RECORDS, Records, Request
+from slif.rounding import as_runtime_values
 from slif.types import SLIFParams, SLIFState
 
 
 def simulate(
     params: SLIFParams,
-    state: SLIFState,
+    state: SLIFState | None,
     currents: Array,
     *,
     dt: ArrayLike,
     t0: ArrayLike = 0.0,
-    record: tuple[str, ...] = ("s",),
+    record: Records = ("s",),
     spike_dtype: DTypeLike | None = None,
-    valid: Array | None = None,
+    valid: Array | np.ndarray | None = None,
     checkpoint_every: int | None = None,
-    implementation: str | None = None,
+    implementation: Literal["xla", "pallas"] | None = None,
+    feedback: ArrayLike | None = None,
 ) -> tuple[SLIFState, dict[str, Array]]:
     """Runs the cell over a sequence of currents, by forward Euler.
 
-        state = step(params, state, currents[k], t0 + k dt, dt)   for k = 0 .. T - 1
+        state = step(params, state, currents[k] [+ state.s @ feedback], t0 + k dt, dt)   for k = 0 .. T - 1
 
     Args:
         params: the parameters.
-        state: the state before the first step, fields [..., N].
+        state: the state before the first step, fields [..., N]; None for a cell at rest, with the batch shape of the
+            currents.
         currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop, one of 64 bits
             from NumPy before it, where JAX has none.
         dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are known
@@ -54,6 +60,8 @@ def simulate(
         implementation: "xla"; "pallas", one fused kernel for NVIDIA GPUs from compute capability 8.0 on (9.0 with jax
             0.10), which runs in Pallas' slow interpreter where there is no GPU; or None for the best for the platform
             and the arguments. The kernel's gradients for a voltage surrogate are reverse mode only.
+        feedback: recurrent weights [N, N], from row to column: the spikes s of a step, the one before the first
+            included, add s @ feedback to the currents of the next, before resist_m.
 
     Returns:
         The state after the last step, and a dict of what was recorded.
@@ -66,97 +74,88 @@ def simulate(
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `SLIFCell.advance_state`.
 
     Example:
-        >>> from slif import init_params, init_state
+        >>> from slif import init_params
         >>> params = init_params(jax.random.key(0), 1, tau_m=16.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
-        >>> state, out = simulate(params, init_state(params), jnp.full((4, 1), 4.0), dt=1.0, record=("s", "v"))
+        >>> state, out = simulate(params, None, jnp.full((4, 1), 4.0), dt=1.0, record=("s", "v"))
         >>> out["s"].ravel(), out["v"].ravel()
         (Array([0., 1., 0., 1.], dtype=float32), Array([0.25, 0.  , 0.25, 0.  ], dtype=float32))
     """
-    params, state = _check.values(params), _check.fields(state)
+    params, state = _check.as_params(params), None if state is None else _check.as_state(state)
     dtype = params.thr.dtype
     if valid is not None:
-        _check.array("valid", valid, "a boolean array")
+        _check.check_array("valid", valid, "a boolean array")
+    _check.check_implementation(implementation)
     request = Request(
-        dt=_check.number("dt", dt, dtype),
-        t0=_check.number("t0", t0, dtype),
+        dt=_check.as_number("dt", dt, dtype),
+        t0=_check.as_number("t0", t0, dtype),
         valid=valid,
-        record=_check.names("record", record, RECORDS),
-        spike_dtype=_check.spike_dtype(spike_dtype, dtype),
-        checkpoint_every=None if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every, 1),
+        feedback=None if feedback is None else _check.as_real("feedback", feedback, dtype),
+        record=_check.as_names("record", record, RECORDS),
+        spike_dtype=_check.as_spike_dtype(spike_dtype, dtype),
+        checkpoint_every=None if checkpoint_every is None else _check.as_size("checkpoint_every", checkpoint_every, 1),
     )
     _warn.euler(params.tau_m, request.dt)
     _warn.clock(params.refract_time, request.dt, dtype)
-    currents = _check.currents("currents", currents, dtype)
+    currents = _check.as_currents("currents", currents, dtype)
     with _check.transfers():
-        return _simulate(params, state, currents, request, _check.implementation(implementation))
+        return _simulate(params, state, currents, request, implementation)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def _simulate(
-    params: SLIFParams, state: SLIFState, currents: Array, request: Request, implementation: str | None
+    params: SLIFParams, state: SLIFState | None, currents: Array, request: Request, implementation: str | None
 ) -> tuple[SLIFState, dict[str, Array]]:
-    _check.signature(params, state)
-    _check.current("currents", currents, (None, *state.v.shape))
-    _check.scalars(dt=request.dt, t0=request.t0)
-    if request.valid is not None:
-        _check.mask("valid", request.valid, currents.shape[:-1])
-    params, state, currents, valid = follow(params, state, currents, request.valid)
-    params, dt, t0 = prepare(params, state.v.ndim, request.dt, request.t0)
-    request = request.replace(dt=dt, t0=t0, valid=None if valid is None else valid[..., None])
+    before = _check_shapes(params, state, currents, request)
+    shared, before, currents, valid = reshard_like_currents((params, request.feedback), before, currents, request.valid)
+    params, dt, t0 = as_runtime_values(shared[0], before.v.ndim, request.dt, request.t0)
+    feedback = None if shared[1] is None else shared[1].astype(params.thr.dtype)
+    request = request.replace(dt=dt, t0=t0, valid=None if valid is None else valid[..., None], feedback=feedback)
     if currents.shape[0] == 0:
-        return choose(implementation, params, currents, request, constant=False)(params, state, currents, request)
-    frozen, state = state, take_thresholds(params, state)
-    params, state, frozen, currents, request = alike((params, state, frozen, currents, request))
-    final, out = _run(params, state, currents, request, implementation)
+        return choose(implementation, params, currents, request, constant=False)(params, before, currents, request)
+    start = take_thresholds(params, before)
+    params, start, before, currents, request = match_varying_axes((params, start, before, currents, request))
+    final, out = _run(params, start, currents, request, implementation)
     if valid is not None and not adapts(params):  # until its first step a frozen row holds the thresholds it was given
-        seen = lax.cummax(valid.astype(jnp.int8))[..., None] > 0
-        final = final.replace(thr=jnp.where(seen[-1], final.thr, frozen.thr))
-        out |= {"thr": jnp.where(seen, out["thr"], frozen.thr)} if "thr" in out else {}
+        begun = lax.cummax(valid.astype(jnp.int8))[..., None] > 0
+        final = final.replace(thr=jnp.where(begun[-1], final.thr, before.thr))
+        out |= {"thr": jnp.where(begun, out["thr"], before.thr)} if "thr" in out else {}
     return final, out
+
+
+def _check_shapes(params: SLIFParams, state: SLIFState | None, currents: Array, request: Request) -> SLIFState:
+    """The state, at rest if none is given, once all shapes and dtypes fit."""
+    if state is None:
+        _check.check_signature(params)
+        _check.check_currents("currents", currents, (None, *currents.shape[1:-1], params.n_units))
+        if not _check.broadcasts(params.thr.shape, currents.shape[1:]):
+            shape = currents.shape[1:]
+            raise ValueError(f"thr: expected a shape that broadcasts to currents {shape}, got shape {params.thr.shape}")
+        state = at_rest(params, currents.shape[1:])
+    else:
+        _check.check_signature(params, state)
+        _check.check_currents("currents", currents, (None, *state.v.shape))
+    _check.check_scalars(dt=request.dt, t0=request.t0)
+    if request.valid is not None:
+        _check.check_mask("valid", request.valid, currents.shape[:-1])
+    if request.feedback is not None:
+        feedback = _check.as_real("feedback", request.feedback)
+        _check.check_shape("feedback", feedback.shape, params.n_units, "matrix")
+    return state
 
 
 def _run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, implementation: str | None
 ) -> tuple[SLIFState, dict[str, Array]]:
-    estimated = params.surrogate.wrt == "current"
-    elementwise = estimated and params.resist_inh is None
+    by_current = params.surrogate.wrt == "current"
+    constant = by_current and params.resist_inh is None and request.feedback is None
     # A frozen row would pass on gradients of fields that have none.
-    having = ("s", "j") if estimated else ("s", "j", "v", "thr")
-    state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in having})
-    if request.checkpoint_every is not None and not elementwise and not isinstance(currents.shape[0], int):
+    differentiated = ("s", "j") if by_current else ("s", "j", "v", "thr")
+    state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in differentiated})
+    if request.checkpoint_every is not None and not constant and not isinstance(currents.shape[0], int):
         raise ValueError(f"checkpoint_every: expected None, or currents of a known length, got T = {currents.shape[0]}")
-    loop = choose(implementation, params, currents, request, constant=elementwise)
-    if not elementwise:
+    loop = choose(implementation, params, currents, request, constant=constant)
+    if not constant:
         return loop(params, state, currents, request)
-    # The spike's derivative is a function of the current alone: the loop runs on constants, keeping nothing for the
-    # backward pass, and the derivative is attached to what it returns.
     request = request.replace(checkpoint_every=None)
     final, out = loop(*lax.stop_gradient((params, state, currents, request)))
-    return _attach(params, state, currents, request.valid, final, out)
-
-
-def _attach(
-    params: SLIFParams, state: SLIFState, currents: Array, valid: Array | None, final: SLIFState, out: dict[str, Array]
-) -> tuple[SLIFState, dict[str, Array]]:
-    """The derivative of the spikes, and of the currents that are told, for what the loop gave as constants."""
-    if valid is not None:
-        currents = jnp.where(valid, currents, 0)  # as in the loop, for the same reason
-    i = jax.vmap(lambda j: drive(params, state.s, j.astype(state.v.dtype)))(currents)
-    slope = jax.vmap(params.surrogate)(i)
-    if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
-        out["s"] = attach(out["s"], i, slope)
-    if "spike_count" in out:
-        out["spike_count"] = out["spike_count"] + attach(jnp.zeros_like(i, out["spike_count"].dtype), i, slope).sum(0)
-    if valid is None:
-        s = out["s"][-1].astype(i.dtype) if "s" in out else final.s
-        final = final.replace(j=i[-1], s=attach(s, i[-1], slope[-1]))
-        return final, out | ({"j": i} if "j" in out else {})
-
-    def hold(j, x):
-        i, live = x
-        j = jnp.where(live, i, j)
-        return j, j
-
-    j, held = lax.scan(hold, state.j, (i, valid))
-    s = jnp.where(valid.any(0), attach(final.s, j, params.surrogate(j)), state.s)
-    return final.replace(j=j, s=s), out | ({"j": held} if "j" in out else {})
+    return attach_gradient(params, state, currents, request.valid, final, out)

@@ -15,7 +15,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from slif._host import is_real, numbers, plain, shown, stored, transfers
+from slif._host import as_numbers, is_real, plain, shown, stored, transfers
 
 
 def _sech(x: Array) -> Array:
@@ -59,7 +59,7 @@ class Surrogate(struct.PyTreeNode):
         x, own, arguments = _floating(x), has_bounds(self), dict(self.numbers)
         for name, number in arguments.items():
             if not isinstance(number, jax.Array):
-                number = numbers(f"surrogate {name}", number)
+                number = as_numbers(f"surrogate {name}", number)
                 number = _on_device(stored(f"surrogate {name}", number, x.dtype, normal=own))
             if any(m != n and 1 not in (m, n) for m, n in zip(number.shape[::-1], x.shape[::-1], strict=False)):
                 raise ValueError(f"surrogate {name}: expected a shape to go with x, {x.shape}, got {number.shape}")
@@ -98,7 +98,7 @@ def _floating(x: Any) -> Array:
     elif isinstance(x, bool | np.bool_) or (isinstance(x, np.ndarray) and x.dtype == bool):
         x = plain("x", np.asarray(x))
     else:
-        x = numbers("x", x)
+        x = as_numbers("x", x)
     wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
     dtype = jax.dtypes.canonicalize_dtype(x.dtype if wide else np.float64)
     if isinstance(x, jax.Array):
@@ -121,7 +121,7 @@ def _positive(given: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
                 raise TypeError(f"{name}: expected a positive number, got dtype {number.dtype}")
             checked[name] = number
             continue
-        value = numbers(name, number).astype(np.float64)
+        value = as_numbers(name, number).astype(np.float64)
         if not (np.isfinite(value) & (value > 0)).all():
             raise ValueError(f"{name}: expected a positive, finite number, got {shown(number)}")
         checked[name] = float(value) if isinstance(number, int | float) else value
@@ -185,7 +185,7 @@ def fast_sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surro
 
     Args:
         slope: steepness, positive, per unit of voltage.
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
 
     Returns:
         The surrogate.
@@ -214,7 +214,7 @@ def sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         slope: steepness, positive, per unit of voltage.
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
 
     Returns:
         The surrogate.
@@ -246,7 +246,7 @@ def arctan(alpha: ArrayLike = 2.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         alpha: steepness, positive, per unit of voltage.
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
 
     Returns:
         The surrogate.
@@ -275,7 +275,7 @@ def triangular(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogat
 
     Args:
         width: half the base of the triangle, positive, in units of voltage.
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
 
     Returns:
         The surrogate.
@@ -304,7 +304,7 @@ def boxcar(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         width: half the base of the rectangle, positive, in units of voltage.
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
 
     Returns:
         The surrogate.
@@ -335,7 +335,7 @@ def gaussian(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         width: standard deviation, positive, in units of voltage.
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
 
     Returns:
         The surrogate.
@@ -359,7 +359,7 @@ def straight_through(*, detach_reset: bool = True) -> Surrogate:
         d z/d x = 1,   x = u - thr
 
     Args:
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
 
     Returns:
         The surrogate.
@@ -377,40 +377,51 @@ def straight_through(*, detach_reset: bool = True) -> Surrogate:
 
 
 def custom(
-    fn: Callable[[Array], Array], wrt: Literal["current", "voltage"] = "voltage", *, detach_reset: bool = True
+    fn: Callable[..., Array],
+    wrt: Literal["current", "voltage"] = "voltage",
+    *,
+    detach_reset: bool = True,
+    **numbers: ArrayLike,
 ) -> Surrogate:
     """A slope of your own.
 
-        d z/d x = fn(x), x = u - thr   for wrt="voltage";      d s'/d i = fn(i)   for wrt="current"
+        d z/d x = fn(x, **numbers), x = u - thr   for wrt="voltage"
+        d s'/d i = fn(i, **numbers)               for wrt="current"
 
     Args:
         fn: the slope, elementwise and traceable. Two surrogates are equal where `fn` is the same object, so make it
             once, outside the training loop, or each new one compiles anew.
         wrt: "voltage" or "current".
-        detach_reset: count the reset as constant; if False, v' = (1 - z) u is differentiated through z.
+        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        **numbers: numbers of the slope, scalars or [N], which can be annealed or swept ("surrogate.name") without a
+            new compilation.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: `fn` is not callable, or `detach_reset` not a bool.
-        ValueError: `wrt` is neither "voltage" nor "current".
+        TypeError: `fn` is not callable, `detach_reset` not a bool, or one of the numbers is none.
+        ValueError: `wrt` is neither "voltage" nor "current", or a number is not finite.
 
-    Source: none; see `secant` and `fast_sigmoid` for what each kind means.
+    Source: see `secant` and `fast_sigmoid` for what each kind means.
 
     Example:
-        >>> float(custom(lambda x: 1 / (1 + x * x))(1.0))
+        >>> lorentzian = custom(lambda x, width: 1 / (1 + (x / width) ** 2), width=0.5)
+        >>> float(lorentzian(0.5))
         0.5
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a function of one array, got {shown(fn)}")
     if not isinstance(wrt, str) or wrt not in ("current", "voltage"):
         raise ValueError(f"wrt: expected 'current' or 'voltage', got {shown(wrt)}")
-    return Surrogate({}, fn, wrt, _flag("detach_reset", detach_reset))
+    for name, number in numbers.items():
+        if not isinstance(number, jax.Array):
+            stored(name, as_numbers(name, number), np.float64)
+    return Surrogate(numbers, fn, wrt, _flag("detach_reset", detach_reset))
 
 
-# By the names under which files know them.
-KINDS = {
+# The package's own, by the names under which files know them.
+BUILT_IN = {
     **{
         f"secant{'_squared' * q}{'_scaled' * c}": secant(squared=q, scaled=c)
         for q in (False, True)
@@ -424,26 +435,19 @@ KINDS = {
 
 
 def kind_of(surrogate: Surrogate) -> str:
-    """The name in `KINDS` under which `named` makes this surrogate again."""
+    """The name in `BUILT_IN` under which `named` makes this surrogate again."""
     return kind_by(surrogate.slope, surrogate.wrt, surrogate.numbers)
 
 
 def kind_by(slope: Callable[..., Array], wrt: str, numbers: Iterable[str] | None = None) -> str:
     """The same by what is static, where the names of its numbers are not known."""
-    for kind, known in KINDS.items():
+    for kind, known in BUILT_IN.items():
         if (known.slope, known.wrt) == (slope, wrt) and (numbers is None or known.numbers.keys() == set(numbers)):
             return kind
-    raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}; got a custom one, which cannot be saved")
+    raise ValueError(f"surrogate: expected one of {', '.join(BUILT_IN)}; got a custom one, which cannot be saved")
 
 
 def named(kind: Any, numbers: dict[str, Any], detach_reset: Any) -> Surrogate:
-    if not isinstance(kind, str) or kind not in KINDS or numbers.keys() != KINDS[kind].numbers.keys():
-        raise ValueError(f"surrogate: expected one of {', '.join(KINDS)}, got {kind!r} with numbers {[*numbers]}")
-    return KINDS[kind].replace(numbers=numbers, detach_reset=_flag("detach_reset", detach_reset))
-
-
-def fire_and_reset(u: Array, z: Array) -> Array:
-    """v' = (1 - z) u, differentiated through z as well; where u is infinite the select, lest the product be NaN."""
-    finite = jnp.isfinite(u)
-    inner = jnp.where(finite, u, 0)
-    return jnp.where(finite, inner - z * inner, jnp.where(z > 0, 0, u))
+    if not isinstance(kind, str) or kind not in BUILT_IN or numbers.keys() != BUILT_IN[kind].numbers.keys():
+        raise ValueError(f"surrogate: expected one of {', '.join(BUILT_IN)}, got {kind!r} with numbers {[*numbers]}")
+    return BUILT_IN[kind].replace(numbers=numbers, detach_reset=_flag("detach_reset", detach_reset))

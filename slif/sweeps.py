@@ -1,8 +1,8 @@
 """Many settings of the cell at once: one compiled program, mapped over the points of a sweep."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,20 @@ from jax.typing import ArrayLike, DTypeLike
 from slif import _check, _warn
 from slif._check import SURROGATE
 from slif._host import shown
-from slif.cell import init_state
-from slif.request import RECORDS
+from slif.hyperparameters import ABOUT, NUMERIC, Numbers
+from slif.request import RECORDS, Records
 from slif.simulation import simulate
 from slif.types import SLIFParams, SLIFState
 
-UNITS = ("tau_m", "resist_m", "thr", "refract_time", "thr_gain", "thr_leak", "resist_inh")  # [P] or [P, N]
-NUMBERS = ("rho_b", "dt")  # [P]
-NAMES = (*UNITS, *NUMBERS, "inh_weights", "currents")
+# What can be swept beside the currents and the numbers of the surrogate, and in which shapes.
+SHAPES = {name: ABOUT[name].shape for name in NUMERIC} | {"dt": "scalar", "feedback": "matrix"}
+SPELT = {"scalar": "[P]", "units": "[P] or [P, N]", "thresholds": "[P] or [P, N]", "matrix": "[P, N, N]"}
+ARGUMENTS = ("dt", "currents", "feedback")  # of `simulate`, and no fields of params
+Over = Mapping[str, Numbers | Sequence[Sequence[float]]]
 WORST = {"tau_m": np.min, "refract_time": np.max}  # what a length of dt is held against
 
 
-def grid(**axes: ArrayLike) -> dict[str, Array]:
+def grid(**axes: Numbers | range) -> dict[str, Array]:
     """Makes the points of a sweep: every combination of the values on its axes.
 
         names, points in the order of itertools.product: the last axis runs fastest
@@ -49,11 +51,11 @@ def grid(**axes: ArrayLike) -> dict[str, Array]:
     """
     if not axes:
         raise ValueError("axes: expected one axis or more, got none")
-    values = {name: _check.real(name, list(x) if isinstance(x, range) else x) for name, x in axes.items()}
+    values = {name: _check.as_real(name, list(x) if isinstance(x, range) else x) for name, x in axes.items()}
     for name, x in values.items():
         if x.ndim != 1 or x.size == 0:
             raise ValueError(f"{name}: expected shape [n], n >= 1, got shape {x.shape}")
-    _check.countable("axes", *(x.size for x in values.values()))
+    _check.check_countable("axes", *(x.size for x in values.values()))
     arrays = {name: _put(name, x) for name, x in values.items()}
     with _check.transfers():
         points = jnp.meshgrid(*arrays.values(), indexing="ij")
@@ -74,23 +76,24 @@ def _put(name: str, axis: Array | np.ndarray) -> Array:
         if (axis.astype(dtype) == axis).all():
             return _check.put(axis, dtype)
         dtype = jax.dtypes.canonicalize_dtype(np.float64)
-    return _check.put(_check.real(name, axis, dtype), dtype)
+    return _check.put(_check.as_real(name, axis, dtype), dtype)
 
 
 def sweep(
     params: SLIFParams,
     currents: Array | None,
     *,
-    over: Mapping[str, ArrayLike],
+    over: Over,
     dt: ArrayLike | None = None,
     state: SLIFState | None = None,
     t0: ArrayLike = 0.0,
-    record: tuple[str, ...] = ("s",),
+    record: Records = ("s",),
     batch_size: int | None = None,
     spike_dtype: DTypeLike | None = None,
-    valid: Array | None = None,
-    implementation: str | None = None,
+    valid: Array | np.ndarray | None = None,
+    implementation: Literal["xla", "pallas"] | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    feedback: ArrayLike | None = None,
 ) -> tuple[SLIFState, dict[str, Array]]:
     """Runs the cell at every point of a sweep, in one program that is compiled once whatever the values.
 
@@ -100,9 +103,9 @@ def sweep(
         params: the parameters that all points share.
         currents: input currents [T, ..., N] that all points share, or None where they are swept.
         over: name -> [P] or, one number a unit, [P, N]: numeric fields of `SLIFParams` (rho_b [P] only, inh_weights
-            [P, N, N]), "dt" [P], "currents" [P, T, ..., N], or a number of the surrogate, "surrogate.slope". A [P]
-            value of thr replaces the thresholds, jitter included. A mechanism that params lack is switched on;
-            inhibition takes resist_inh and inh_weights both.
+            [P, N, N]), "dt" [P], "currents" [P, T, ..., N], "feedback" [P, N, N], or a number of the surrogate,
+            "surrogate.slope". A [P] value of thr replaces the thresholds, jitter included. A mechanism that params
+            lack is switched on; inhibition takes resist_inh and inh_weights both.
         dt: the length of a step, ms, positive; None where it is swept. Above 2 tau_m forward Euler diverges: a
             UserWarning where both are known as Python or NumPy values, or from a `grid` of these.
         state: the state before the first step: one [..., N] for all points, or one a point, [P, ..., N]. None for rest,
@@ -118,6 +121,7 @@ def sweep(
         valid: boolean [T, ...] over the batch shape, as in `simulate`, for all points.
         implementation: as in `simulate`.
         progress: called as progress(points done, P) after every `batch_size` points, which it needs; outside jit only.
+        feedback: recurrent weights [N, N], as in `simulate`, for all points.
 
     Returns:
         The final states, fields [P, ..., N], and a dict of what was recorded, each with P in front.
@@ -136,7 +140,7 @@ def sweep(
         >>> out["spike_count"].ravel()
         Array([33., 20., 10.], dtype=float32)
     """
-    given, params = params, _check.params(params)
+    given, params = params, _check.as_device_params(params)
     points = _check_over(over, params)
     n_points = next(iter(points.values())).shape[0]
     for name, value, kind in (("currents", currents, "an array"), ("dt", dt, "a number")):
@@ -145,23 +149,29 @@ def sweep(
             raise ValueError(f"{name}: expected {kind} or a sweep over it, and not both, got {got}")
     dtype = params.thr.dtype
     if currents is not None:
-        currents = _check.currents("currents", currents, dtype)
+        currents = _check.as_currents("currents", currents, dtype)
     shape = points["currents"].shape[1:] if currents is None else currents.shape
     if len(shape) < 2 or shape[-1] != params.n_units:
         raise ValueError(f"currents: expected shape (T, ..., {params.n_units}), got shape {shape}")
-    shared: dict[str, Any] = {"params": params, "t0": _check.scalar("t0", t0, dtype)}
+    shared: dict[str, Any] = {"params": params, "t0": _check.as_scalar("t0", t0, dtype)}
     if currents is not None:
-        _check.current("currents", currents, (None, *shape[1:]))
+        _check.check_currents("currents", currents, (None, *shape[1:]))
         shared["currents"] = _check.put(currents, currents.dtype)
     if dt is not None:
-        shared["dt"] = _check.scalar("dt", dt, dtype)
+        shared["dt"] = _check.as_scalar("dt", dt, dtype)
+    if feedback is not None:
+        if "feedback" in points:
+            raise ValueError("feedback: expected an array or a sweep over it, and not both, got both")
+        feedback = _check.as_real("feedback", feedback, dtype)
+        _check.check_shape("feedback", feedback.shape, params.n_units, "matrix")
+        shared["feedback"] = _check.put(feedback, dtype)
     _watch(given, dt, over, dtype)
     if valid is not None:
-        _check.mask("valid", _check.array("valid", valid, "a boolean array"), shape[:-1])
+        _check.check_mask("valid", _check.check_array("valid", valid, "a boolean array"), shape[:-1])
         shared["valid"] = _check.put(valid, bool)
     states = None
     if state is not None:
-        state = _check.state(params, state)
+        state = _check.as_device_state(params, state)
         if state.v.shape == (n_points, *shape[1:]):
             states = state
         elif state.v.shape == shape[1:]:
@@ -170,11 +180,12 @@ def sweep(
             expected = f"{shape[1:]} or {(n_points, *shape[1:])}"
             raise ValueError(f"state: expected fields of shape {expected}, got shape {state.v.shape}")
     if batch_size is not None:
-        batch_size = min(_check.size("batch_size", batch_size, 1), n_points)
+        batch_size = min(_check.as_size("batch_size", batch_size, 1), n_points)
+    _check.check_implementation(implementation)
     options = {
-        "record": _check.names("record", record, RECORDS),
-        "spike_dtype": _check.spike_dtype(spike_dtype, dtype),
-        "implementation": _check.implementation(implementation),
+        "record": _check.as_names("record", record, RECORDS),
+        "spike_dtype": _check.as_spike_dtype(spike_dtype, dtype),
+        "implementation": implementation,
     }
     side_by_side = None if 0 in shape else batch_size  # lax.map divides by the size of what it returns
     run = functools.partial(_sweep, shared=shared, batch_size=side_by_side, options=tuple(options.items()))
@@ -185,14 +196,14 @@ def sweep(
     return _in_chunks(run, (points, states), n_points, batch_size, progress)
 
 
-def point(params: SLIFParams, over: Mapping[str, ArrayLike], k: int | Array) -> SLIFParams:
+def point(params: SLIFParams, over: Over, k: int | Array) -> SLIFParams:
     """The parameters of one point of a sweep, to go on with the best one.
 
         params with over[...][k]
 
     Args:
         params: the parameters that all points share.
-        over: what was swept, as `sweep` takes it; "dt" and "currents" are no parameters, and left out.
+        over: what was swept, as `sweep` takes it; "dt", "currents" and "feedback" are no parameters, and left out.
         k: the number of the point, from 0 on: an int, or a scalar on the device such as `argmax` gives. What is on the
             device is not read: as in any indexing of JAX a number past the end gives the last point, and -1 does too.
 
@@ -211,11 +222,11 @@ def point(params: SLIFParams, over: Mapping[str, ArrayLike], k: int | Array) -> 
         >>> float(point(params, grid(tau_m=[5.0, 10.0], dt=[0.5, 1.0]), 2).tau_m)
         10.0
     """
-    params = _check.params(params)
+    params = _check.as_device_params(params)
     points = _check_over(over, params)
     n_points = next(iter(points.values())).shape[0]
     if not isinstance(k, Array):
-        k = _check.size("k", k, 0)
+        k = _check.as_size("k", k, 0)
         if k >= n_points:
             raise ValueError(f"k: expected the number of a point, below {n_points}, got {k}")
     elif k.ndim != 0 or not jnp.issubdtype(k.dtype, jnp.integer):
@@ -228,7 +239,7 @@ def _at(params: SLIFParams, values: Mapping[str, Array]) -> SLIFParams:
     """The parameters with the values of one point in their place."""
     numbers = {name.removeprefix(SURROGATE): x for name, x in values.items() if name.startswith(SURROGATE)}
     surrogate = params.surrogate.replace(numbers={**params.surrogate.numbers, **numbers})
-    leaves = {name: x for name, x in values.items() if name in SLIFParams.__annotations__}
+    leaves = {name: x for name, x in values.items() if name in NUMERIC}
     if "thr" in leaves:
         leaves["thr"] = jnp.broadcast_to(leaves["thr"], (params.n_units,))
     return params.replace(**leaves, surrogate=surrogate)
@@ -244,13 +255,9 @@ def _sweep(
 ) -> tuple[SLIFState, dict[str, Array]]:
     def one(point):
         values, state = point
-        arguments = shared | {name: values[name] for name in ("dt", "currents") if name in values}
-        params, currents = arguments.pop("params"), arguments.pop("currents")
-        params = _at(params, values)
-        state = arguments.pop("state", state)
-        if state is None:
-            state = init_state(params, currents.shape[1:-1])
-        return simulate(params, state, currents, **arguments, **dict(options))
+        arguments = {"state": state} | shared | {name: values[name] for name in ARGUMENTS if name in values}
+        arguments["params"] = _at(shared["params"], values)
+        return simulate(**arguments, **dict(options))
 
     if batch_size is None:
         return jax.vmap(one)(points)
@@ -280,7 +287,7 @@ def _take(points: Any, index: Array) -> Any:
     return jax.tree.map(lambda x: x[index], points)
 
 
-def _watch(params: SLIFParams, dt: Any, over: Mapping[str, ArrayLike], dtype: Any) -> None:
+def _watch(params: SLIFParams, dt: Any, over: Over, dtype: Any) -> None:
     """Warns of points whose dt is too long for the fastest of their units, or too short for the longest period."""
     dt = _warn.known(over.get("dt", dt))
     if dt is None:
@@ -293,7 +300,7 @@ def _watch(params: SLIFParams, dt: Any, over: Mapping[str, ArrayLike], dtype: An
         _warn.clock(longest, dt, dtype)
 
 
-def _worst(name: str, value: Any, over: Mapping[str, ArrayLike], worst: Callable) -> Any:
+def _worst(name: str, value: Any, over: Over, worst: Callable) -> Any:
     """That of the units, one a point where it is swept; None where it is not known."""
     value = _warn.known(over.get(name, value))
     if value is None or (value := np.asarray(value)).size == 0:
@@ -305,27 +312,25 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
     """The points, each value on the device, broadcast to nothing yet."""
     if not isinstance(over, Mapping) or not all(isinstance(name, str) for name in over):
         raise TypeError(f"over: expected a dict of name -> [P, ...], got {shown(over)}")
-    own = tuple(SURROGATE + name for name in params.surrogate.numbers)
-    units, unknown = UNITS + own, sorted(set(over).difference(NAMES, own))
+    slopes = dict.fromkeys((SURROGATE + name for name in params.surrogate.numbers), "units")
+    shapes, known = SHAPES | slopes, (*SHAPES, "currents", *slopes)
+    unknown = sorted(set(over).difference(known))
     if unknown or not over:
-        known, got = ", ".join((*NAMES, *own)), ", ".join(unknown) or "none"
-        raise ValueError(f"over: expected names among {known}, got {got}")
+        raise ValueError(f"over: expected names among {', '.join(known)}, got {', '.join(unknown) or 'none'}")
     for name, other in (("resist_inh", "inh_weights"), ("inh_weights", "resist_inh")):
         if name in over and other not in over and getattr(params, other) is None:
             raise ValueError(f"over: expected params with {other} for a sweep over {name}, got None")
     points = {}
     for name, value in over.items():
         if name == "currents":
-            value = _check.currents("currents", value, params.thr.dtype)
-            _check.current("currents", value, (None,) * max(value.ndim, 1))
+            value = _check.as_currents("currents", value, params.thr.dtype)
+            _check.check_currents("currents", value, (None,) * max(value.ndim, 1))
             points[name] = _check.put(value, value.dtype)
             continue
-        array, n_units = _check.real(name, value, params.thr.dtype), params.n_units
-        expected = ((None,), (None, n_units)) if name in units else ((None,),)
-        expected = ((None, n_units, n_units),) if name == "inh_weights" else expected
-        if not any(_check.fits(array.shape, shape) for shape in expected):
-            spelt = "[P] or [P, N]" if name in units else "[P, N, N]" if name == "inh_weights" else "[P]"
-            raise ValueError(f"{name}: expected shape {spelt} with N = {params.n_units}, got shape {array.shape}")
+        array, n_units = _check.as_real(name, value, params.thr.dtype), params.n_units
+        spelt = SPELT[shapes[name]]
+        if array.shape[1:] not in [(n_units,) * shape.count("N") for shape in spelt.split(" or ")] or array.ndim == 0:
+            raise ValueError(f"{name}: expected shape {spelt} with N = {n_units}, got shape {array.shape}")
         points[name] = _check.put(array, params.thr.dtype).astype(params.thr.dtype)
     lengths_of = {name: x.shape[0] for name, x in points.items()}
     if len(set(lengths_of.values())) != 1 or 0 in lengths_of.values():

@@ -9,14 +9,15 @@ from typing import Any
 from flax import struct
 from jax import Array, export
 
-from slif.surrogate import KINDS, Surrogate, kind_by
+from slif.hyperparameters import ABOUT, STATIC
+from slif.surrogate import BUILT_IN, Surrogate, kind_by
 
 
 class SLIFParams(struct.PyTreeNode):
     """Parameters of a population of N sLIF units; build them with `init_params`.
 
-    Every field but the two flags is a leaf, so it is traced, differentiated and swept like any array. A leaf is a
-    scalar or [N] unless said otherwise; a mechanism that is absent is `None` and costs nothing.
+    Every field is a leaf, traced, differentiated and swept like any array, but for those that are said to be static. A
+    leaf is a scalar or [N] unless said otherwise; a mechanism that is absent is `None` and costs nothing.
 
     Attributes:
         tau_m: membrane time constant, ms.
@@ -30,7 +31,8 @@ class SLIFParams(struct.PyTreeNode):
         inh_weights: [N, N] lateral inhibition, from row to column; its diagonal is ignored.
         surrogate: the estimator of the spike's derivative.
         sticky_spikes: static; the output stays 1 while refractory.
-        thr_persist: static; reset leaves the thresholds alone.
+        thr_persist: static; `slif.reset` leaves the thresholds alone.
+        reset: static; what a spike does to the potential: "zero", or "subtract" for a soft reset.
     """
 
     tau_m: Array
@@ -45,6 +47,7 @@ class SLIFParams(struct.PyTreeNode):
     surrogate: Surrogate = struct.field(default_factory=Surrogate)
     sticky_spikes: bool = struct.field(pytree_node=False, default=False)
     thr_persist: bool = struct.field(pytree_node=False, default=False)
+    reset: str = struct.field(pytree_node=False, default="zero")
 
     @property
     def n_units(self) -> int:
@@ -59,7 +62,7 @@ class SLIFState(struct.PyTreeNode):
         j: current that drove the step: resistance and inhibition applied.
         v: membrane potential, after the reset.
         s: output spikes, 0 or 1; with sticky spikes 1 throughout the refractory period.
-        thr: threshold that the next step compares with.
+        thr: threshold after the step; the next one compares with it where something adapts it, else with params.thr.
         rfr: time since the last raw spike, ms.
         tols: time of the last output spike, ms.
         surrogate: slope of the surrogate at this step.
@@ -80,8 +83,11 @@ FIELDS = tuple(SLIFState.__dataclass_fields__)
 # --- for the arguments of functions that `jax.export` writes to a file, under names that stay ---
 
 
-def _flags(text: bytes) -> tuple[bool, ...]:
-    return tuple(json.loads(text))
+def _read_static(text: bytes) -> tuple[Any, ...]:
+    """What is static, and newer than the file, has its default."""
+    told = json.loads(text)
+    defaults = [ABOUT[name].default for name in STATIC]
+    return *told, *(defaults[len(told) :] if told else ())
 
 
 def _write_surrogate(static: tuple[Any, ...]) -> bytes:
@@ -91,7 +97,7 @@ def _write_surrogate(static: tuple[Any, ...]) -> bytes:
 
 def _read_surrogate(text: bytes) -> tuple[Any, ...]:
     kind, detach_reset = json.loads(text)
-    return KINDS[kind].slope, KINDS[kind].wrt, detach_reset
+    return BUILT_IN[kind].slope, BUILT_IN[kind].wrt, detach_reset
 
 
 for _type in (SLIFParams, SLIFState):
@@ -99,7 +105,7 @@ for _type in (SLIFParams, SLIFState):
         _type,
         serialized_name=f"slif.{_type.__name__}",
         serialize_auxdata=lambda static: json.dumps(static).encode(),
-        deserialize_auxdata=_flags,
+        deserialize_auxdata=_read_static,
     )
 export.register_pytree_node_serialization(
     Surrogate,

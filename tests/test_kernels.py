@@ -22,14 +22,14 @@ from slif.kernels import OLDEST_JAX, inline
 from slif.kernels.inline import inline_jaxpr, obstacle
 from slif.loops import choose
 from slif.request import SUMMARIES, Request
-from slif.surrogate import KINDS
+from slif.surrogate import BUILT_IN
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason="the fused kernels need a newer jax")
 FUSED = [name for name in MECHANISMS if name not in ("sparsity", "inhibition", "everything", "sparse_everything")]
 MIXED = [name for name in MECHANISMS if name not in FUSED]
 UNITS = {"tau_m": np.linspace(5, 30, 50), "resist_m": np.linspace(1, 2, 50), "refract_time": np.linspace(0, 2, 50)}
 EVERYTHING = {"thr_gain": 0.02, "thr_leak": 0.01, "sticky_spikes": True, **UNITS}
-VOLTAGE = [kind for kind in KINDS if KINDS[kind].wrt == "voltage"]
+VOLTAGE = [kind for kind in BUILT_IN if BUILT_IN[kind].wrt == "voltage"]
 
 
 def run(params, currents, implementation="pallas", state=None, **options):
@@ -148,7 +148,7 @@ def test_gradients_of_blocks_are_those_of_the_scan():
 @pytest.mark.parametrize("kind", VOLTAGE)
 def test_the_gradient_of_a_step_is_the_slope(kind):
     """Without the scan: d s/d j = g(u - thr) resist_m dt / tau_m."""
-    params, currents = make_params("plain", 50, surrogate=KINDS[kind]), jnp.asarray(make_currents((1, 50)))
+    params, currents = make_params("plain", 50, surrogate=BUILT_IN[kind]), jnp.asarray(make_currents((1, 50)))
     state = make_state(params, ())
 
     @jax.jit
@@ -159,7 +159,7 @@ def test_the_gradient_of_a_step_is_the_slope(kind):
         return final, out, *pull(bar)
 
     final, out, d_currents = value_and_pull(currents)
-    slope = KINDS[kind](out["u"][0] - final.thr)
+    slope = BUILT_IN[kind](out["u"][0] - final.thr)
     np.testing.assert_allclose(final.surrogate, slope, rtol=1e-5, atol=1e-30)
     np.testing.assert_allclose(d_currents[0], slope * 1.5 * DT / 20, rtol=1e-5, atol=1e-30)
 
@@ -291,12 +291,12 @@ def test_inlining_leaves_loops_and_branches_whole(name):
     np.testing.assert_allclose(jax.jit(inline_jaxpr(slope))(x), slope(x), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_slope_taken_apart_is_the_slope(kind):
     def value_and_pull(surrogate, x, bar):
         return surrogate(x), jax.vjp(lambda x: attach(jnp.isfinite(x).astype(x.dtype), x, surrogate(x)), x)[1](bar)
 
-    arguments = KINDS[kind], jnp.linspace(-3, 3, 65), jnp.linspace(1, 2, 65)
+    arguments = BUILT_IN[kind], jnp.linspace(-3, 3, 65), jnp.linspace(1, 2, 65)
     assert obstacle(lambda surrogate, x, _: surrogate(x), *arguments) is None
     actual, expected = (jax.jit(f)(*arguments) for f in (inline_jaxpr(value_and_pull), value_and_pull))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), actual, expected)
@@ -468,7 +468,7 @@ class TestCode:
 
     @pytest.mark.parametrize(("kind", "detach_reset"), [("arctan", True), *((kind, False) for kind in VOLTAGE)])
     def test_surrogates(self, kind, detach_reset):
-        surrogate = KINDS[kind].replace(detach_reset=detach_reset)
+        surrogate = BUILT_IN[kind].replace(detach_reset=detach_reset)
         params = make_params("sticky", 50, surrogate=surrogate, thr_gain=0.1, thr_leak=0.1)
         assert self.lower_gradient(params, jax.ShapeDtypeStruct((3, 50), jnp.float32)) == 2
 

@@ -355,7 +355,9 @@ def test_a_parameter_beyond_its_bound_comes_back(framework, stored):
     gradient = jax.grad(lambda variables: jnp.log(layer.params(variables).tau_m))(variables)
     (slope,) = layer.trained(gradient).values()
     np.testing.assert_allclose(slope, 1, rtol=1e-5)
-    np.testing.assert_allclose(layer.params(variables).tau_m, HYPER["tau_m"] * np.exp(np.clip(stored, -8, 8)), rtol=1e-6)
+    np.testing.assert_allclose(
+        layer.params(variables).tau_m, HYPER["tau_m"] * np.exp(np.clip(stored, -8, 8)), rtol=1e-6
+    )
 
 
 def test_a_cell_has_one_set_of_parameters_for_all_steps():

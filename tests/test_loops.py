@@ -22,10 +22,10 @@ from conftest import (
 
 import slif
 from slif import _device, kernels, simulation
-from slif.cell import prepare
 from slif.loops import choose, cpu, gpu, plain
 from slif.request import Request
-from slif.surrogate import KINDS
+from slif.rounding import as_runtime_values
+from slif.surrogate import BUILT_IN
 
 LOOPS = {"cpu": cpu.run, "cpu, constant": functools.partial(cpu.run, constant=True), "gpu": gpu.run}
 N_STEPS = 9  # no multiple of the steps of a turn
@@ -43,7 +43,7 @@ def inputs(mechanism, dtype=jnp.float32, **overrides):
 
 
 def run(loop, params, state, currents, *, valid=None, record=RECORDS, every=None, dt=DT):
-    params, dt, t0 = prepare(params, state.v.ndim, jnp.asarray(dt), jnp.asarray(3.0))
+    params, dt, t0 = as_runtime_values(params, state.v.ndim, jnp.asarray(dt), jnp.asarray(3.0))
     valid = None if valid is None else jnp.asarray(valid)[..., None]
     dtype = np.dtype(params.thr.dtype)
     request = Request(dt=dt, t0=t0, valid=valid, record=record, spike_dtype=dtype, checkpoint_every=every)
@@ -202,10 +202,10 @@ def test_the_scan_is_that_of_the_device(monkeypatch, default, first, secant, arc
 
 
 @with_kernels
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_every_surrogate_of_the_package_takes_a_kernel_by_itself(monkeypatch, kind):
-    surrogates = [KINDS[kind], KINDS[kind].replace(detach_reset=False)]
-    surrogates.append(KINDS[kind].replace(numbers={name: jnp.float32(3) for name in KINDS[kind].numbers}))
+    surrogates = [BUILT_IN[kind], BUILT_IN[kind].replace(detach_reset=False)]
+    surrogates.append(BUILT_IN[kind].replace(numbers={name: jnp.float32(3) for name in BUILT_IN[kind].numbers}))
     on(monkeypatch, GPU)
     assert {chosen(None, surrogate) for surrogate in surrogates} == {"fused.run"}
     on(monkeypatch, CPU, GPU)

@@ -41,7 +41,8 @@ CASES = {
     "arctan": {"detach_reset": False},
     "arctan, everything": {"thr_gain": 0.1, "thr_leak": 0.05, "resist_inh": 0.3, "refract_time": 2.0, "sticky": True},
     "arctan, everything, reset": {
-        "detach_reset": False, "thr_gain": 0.1, "thr_leak": 0.05, "resist_inh": 0.3, "refract_time": 2.0, "masked": True,
+        **{"detach_reset": False, "thr_gain": 0.1, "thr_leak": 0.05},
+        **{"resist_inh": 0.3, "refract_time": 2.0, "masked": True},
     },
     "boxcar": {"detach_reset": False, "thr_gain": 0.1},
     "fast_sigmoid, masked": {"detach_reset": True, "thr_leak": 0.05, "masked": True},
@@ -131,7 +132,12 @@ def by_loop(numbers, name, case, x, weights, valid):
         return new, (new[0], shown, new[2])
 
     rest = jnp.zeros((B, N))
-    start = (rest, rest, rest + (constant(numbers["thr"]) if current else numbers["thr"]), rest + case.get("refract_time", 0.0))
+    start = (
+        rest,
+        rest,
+        rest + (constant(numbers["thr"]) if current else numbers["thr"]),
+        rest + case.get("refract_time", 0.0),
+    )
     return loss_of(*lax.scan(body, start, (x, valid))[1])
 
 
@@ -152,11 +158,19 @@ def test_every_order_is_that_of_a_loop_by_hand(name):
 
         @jax.jit
         def hessians(numbers):
-            ours = functools.partial(by_slif, name=kind, case=case, x=arguments[2], weights=arguments[3], valid=arguments[4])
-            hand = functools.partial(by_loop, name=kind, case=case, x=arguments[2], weights=arguments[3], valid=arguments[4])
-            return {order: of(ours)(numbers) for order, of in ORDERS.items()}, ORDERS["forward over forward"](hand)(numbers)
+            ours = functools.partial(
+                by_slif, name=kind, case=case, x=arguments[2], weights=arguments[3], valid=arguments[4]
+            )
+            hand = functools.partial(
+                by_loop, name=kind, case=case, x=arguments[2], weights=arguments[3], valid=arguments[4]
+            )
+            return {order: of(ours)(numbers) for order, of in ORDERS.items()}, ORDERS["forward over forward"](hand)(
+                numbers
+            )
 
         ours, expected = hessians(numbers)
         for order, hessian in ours.items():
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8, err_msg=order), hessian, expected)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-8, err_msg=order), hessian, expected
+            )
         assert any(abs(x) > 1e-3 for x in jax.tree.leaves(expected)) or kind in ("straight_through",)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_params
 from jax import test_util
 from oracle_grad import SLOPES
 
 import slif
 from slif._attach import attach
-from slif.surrogate import fire_and_reset
+from slif.cell import reset_potential
 
 CONSTRUCTORS = {
     "secant": slif.secant,
@@ -154,12 +155,22 @@ def test_what_is_attached_under_vmap(mapped):
     np.testing.assert_allclose(by_map, np.broadcast_to(2 * value * slope, (4, 3)), rtol=1e-6)
 
 
-def test_reset_through_the_spike_keeps_infinite_voltages_out_of_the_value():
-    u, z = jnp.array([jnp.inf, 0.5, 0.25]), jnp.array([1.0, 1.0, 0.0])
-    np.testing.assert_array_equal(fire_and_reset(u, z), [0, 0, 0.25])
-    u_bar, z_bar = jax.grad(lambda u, z: fire_and_reset(u, z).sum(), (0, 1))(u[1:], z[1:])
-    np.testing.assert_array_equal(u_bar, [0, 1])
-    np.testing.assert_array_equal(z_bar, -u[1:])
+@pytest.mark.parametrize("reset", ["zero", "subtract"])
+def test_reset_through_the_spike_keeps_infinity_out_of_the_value(reset):
+    """v' = (1 - z) u, or u - z thr, as a value the select."""
+    params = make_params(reset=reset, surrogate=slif.arctan(detach_reset=False))
+    u = jnp.array([jnp.inf, 0.5, 0.25, 0.25])
+    thr, z = jnp.array([0.25, 0.25, 0.5, jnp.inf]), jnp.array([1.0, 1.0, 0.0, 0.0])
+
+    def run(u, thr, z):
+        return reset_potential(params, u, thr, z).sum()
+
+    value = reset_potential(params, u, thr, z)
+    np.testing.assert_array_equal(value, [0, 0, 0.25, 0.25] if reset == "zero" else [jnp.inf, 0.25, 0.25, 0.25])
+    u_bar, thr_bar, z_bar = jax.grad(run, (0, 1, 2))(u[1:], thr[1:], z[1:])
+    np.testing.assert_array_equal(u_bar, [0, 1, 1] if reset == "zero" else 1)
+    np.testing.assert_array_equal(thr_bar, 0 if reset == "zero" else -z[1:])
+    np.testing.assert_array_equal(z_bar, -u[1:] if reset == "zero" else [-0.25, -0.5, 0])
 
 
 def rectifier(x):

@@ -80,7 +80,9 @@ def test_learned_thresholds_act_in_every_window_of_a_layer():
     cell = nn.RNN(slif.linen.SLIFCell(N_UNITS, learn=("thr",), **CELL), time_major=True, return_carry=True)
     variables = {"params": {"learned_thr": jnp.asarray(OTHER)}}
     module = slif.nnx.SLIF(N_UNITS, learn=("thr",), **CELL, rngs=nnx.Rngs(0))
-    start = slif.init_state(slif.init_params(jax.random.key(0), N_UNITS, **{k: v for k, v in CELL.items() if k != "dt"}), BATCH)
+    start = slif.init_state(
+        slif.init_params(jax.random.key(0), N_UNITS, **{k: v for k, v in CELL.items() if k != "dt"}), BATCH
+    )
     module.learned_thr[...] = jnp.asarray(OTHER)
     by_layer = layer.apply(variables, x, initial_state=start)
     assert_same(module(x, initial_state=start), by_layer)
@@ -104,7 +106,12 @@ def test_a_sweep_over_periods_starts_from_rest():
     """A given state at rest has the clock of its own period, which a longer one finds refractory."""
     params = make_params("plain", n_units=1, thr_jitter=0.0)
     over, currents = {"refract_time": np.array([1.0, 4.0, 9.0])}, np.full((12, 1), 1e3, np.float32)
-    first = [slif.sweep(params, currents, over=over, dt=1.0, state=state, record=("first_spike_time",))[1]["first_spike_time"] for state in (None, slif.init_state(params))]
+    first = [
+        slif.sweep(params, currents, over=over, dt=1.0, state=state, record=("first_spike_time",))[1][
+            "first_spike_time"
+        ]
+        for state in (None, slif.init_state(params))
+    ]
     np.testing.assert_array_equal(np.ravel(first[0]), [0, 0, 0])
     np.testing.assert_array_equal(np.ravel(first[1]), [1, 4, 9])
 
@@ -124,7 +131,9 @@ def test_a_frozen_row_holds_the_thresholds_that_it_was_given():
 def test_thresholds_that_fit_no_batch_are_refused():
     params = make_params().replace(thr=jnp.ones((2, N_UNITS)))
     state = slif.init_state(params, 2)
-    with pytest.raises(ValueError, match=r"^thr: expected a shape that broadcasts to state.v \(11,\), got shape \(2, 11\)"):
+    with pytest.raises(
+        ValueError, match=r"^thr: expected a shape that broadcasts to state.v \(11,\), got shape \(2, 11\)"
+    ):
         slif.step(params, jax.tree.map(lambda x: x[0], state), np.ones(N_UNITS, np.float32), 0, DT)
 
 
@@ -152,9 +161,11 @@ def test_an_endless_threshold_stays_endless_under_every_rule(surrogate):
 
 def test_counts_go_on_beyond_what_float32_can_count():
     request = Request(dt=jnp.float32(1), t0=jnp.float32(0), record=("spike_count",))
-    count, total = jnp.full(3, 2**24, jnp.int32), jnp.zeros(3)
-    summaries = {"count": (count, total)}
+    summaries = request.start_summaries(lambda value, dtype: jnp.full(3, value, dtype))
+    summaries["spike_count"] += 2**24
     for _ in range(3):
         summaries = request.summarise(summaries, jnp.array([1.0, 0.0, 1.0]), 0.0)
-    np.testing.assert_array_equal(request.summed_up(summaries)["spike_count"], np.float32([2**24 + 3, 2**24, 2**24 + 3]))
+    np.testing.assert_array_equal(
+        request.finish_summaries(summaries)["spike_count"], np.float32([2**24 + 3, 2**24, 2**24 + 3])
+    )
     assert np.float32(2**24 + 3) > 2**24

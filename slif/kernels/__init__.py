@@ -29,6 +29,7 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
         f"jax {jax.__version__}, which is too old for it": jax.__version_info__ < OLDEST_JAX,
         "rho_b, which mixes units": params.rho_b is not None,
         "lateral inhibition, which mixes units": params.resist_inh is not None,
+        "feedback, which mixes units": request.feedback is not None,
         f"params of dtype {params.thr.dtype}": params.thr.dtype != jnp.float32,
         f"currents of dtype {currents.dtype}": str(currents.dtype) not in _CURRENTS,
         f"spike_dtype {request.spike_dtype}": str(request.spike_dtype) not in _SPIKES,

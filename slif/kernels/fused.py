@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from slif._mesh import varying
-from slif.kernels import elsewhere, interpret, loop, mosaic_gpu
-from slif.kernels.spread import spread, units
+from slif.kernels import fallback, interpret, loop, mosaic_gpu
+from slif.kernels.partition import partition, units_shape
 from slif.raster import pack_spikes
 from slif.request import SUMMARIES, Request
 from slif.types import FIELDS, SLIFParams, SLIFState
@@ -31,20 +31,18 @@ def run(
     only_packed = "s_packed" in record and "s" not in record
     plan = loop.Plan(
         n_steps=len(currents),
+        request=request.replace(dt=None, t0=None, valid=None),
         record=(*rows, "s") if only_packed else tuple(rows),
         # Mosaic keeps predicates as single bits, which no array does; another pass over a byte a spike makes them bool.
         spike_dtype=jnp.dtype(jnp.uint8) if only_packed or request.spike_dtype == jnp.bool_ else request.spike_dtype,
-        count="spike_count" in record,
-        first="first_spike_time" in record,
         masked=request.valid is not None,
-        checkpoint_every=request.checkpoint_every,
     )
     ones = (1,) * state.v.ndim
     inputs = loop.Inputs(
         params=jax.tree.map(lambda x: x.reshape(ones[x.ndim :] + x.shape), params.replace(thr=None)),
         state={name: getattr(state, name) for name in plan.carried},
         currents=currents,
-        live=None if request.valid is None else jnp.packbits(request.valid, axis=0, bitorder="little"),
+        valid_bits=None if request.valid is None else jnp.packbits(request.valid, axis=0, bitorder="little"),
         dt=request.dt.reshape(ones),
         t0=request.t0.reshape(ones),
     )
@@ -63,7 +61,7 @@ class Kernel(NamedTuple):
     name: str
     body: Callable
     out_type: Callable  # of the plan, its arguments, and the shape of the units
-    scan: Callable  # does the same on other platforms
+    fallback: Callable  # does the same on other platforms
 
 
 def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
@@ -71,17 +69,17 @@ def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
     out_type = functools.partial(kernel.out_type, plan, args)
 
     def by(launch: Callable) -> Callable:
-        return lambda args: spread(functools.partial(_flat, kernel, plan, launch), out_type, rank, args)
+        return lambda args: partition(functools.partial(_flat, kernel, plan, launch), out_type, rank, args)
 
     # Pallas' interpreter does not know the types of `jax.shard_map`'s check_vma; its code for GPUs does.
     interpreted = by_name and not any(varying(x) for x in jax.tree.leaves(args))
-    default = by(interpret.launch) if interpreted else functools.partial(kernel.scan, plan)
+    default = by(interpret.launch) if interpreted else functools.partial(kernel.fallback, plan)
     return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), default=default)
 
 
 def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: Any) -> Any:
     """The launch, with all units side by side."""
-    shape = units(rank, args)
+    shape = units_shape(rank, args)
     n = math.prod(shape)
     padded = max(n, mosaic_gpu.WARPGROUP)
 
@@ -114,12 +112,12 @@ def _reverse_type(plan: loop.Plan, args: Any, shape: tuple[int, ...]) -> dict[st
     number = jax.ShapeDtypeStruct(shape, jnp.float32)
     return {
         "currents": jax.ShapeDtypeStruct((plan.n_steps, *shape), inputs.currents.dtype),
-        "inputs": dict.fromkeys((*plan.moving, *loop.trained(inputs.params), "dt"), number),
+        "inputs": dict.fromkeys((*plan.differentiated, *loop.trained(inputs.params), "dt"), number),
     }
 
 
-FORWARD = Kernel("slif_forward", loop.forward, _forward_type, elsewhere.forward)
-REVERSE = Kernel("slif_reverse", loop.reverse, _reverse_type, elsewhere.reverse)
+FORWARD = Kernel("slif_forward", loop.forward, _forward_type, fallback.forward)
+REVERSE = Kernel("slif_reverse", loop.reverse, _reverse_type, fallback.reverse)
 
 
 def _forward(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> dict[str, Any]:
@@ -136,16 +134,16 @@ def _keep(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> tuple[dict[str
     return outs | {"kept": {}}, (inputs, outs["kept"])
 
 
-def _pull(plan: loop.Plan, by_name: bool, residuals: Any, bars: dict[str, Any]) -> tuple[loop.Inputs]:
+def _pull(plan: loop.Plan, by_name: bool, residuals: Any, cotangents: dict[str, Any]) -> tuple[loop.Inputs]:
     inputs, kept = residuals
-    given = loop.Bars(
+    given = loop.Cotangents(
         record={
             name: bar
-            for name, bar in bars["record"].items()
+            for name, bar in cotangents["record"].items()
             if name in (*loop.DIFFERENTIATED, "u") and jnp.issubdtype(bar.dtype, jnp.floating)
         },
-        final={name: bars["final"][name] for name in loop.DIFFERENTIATED},
-        spike_count=bars["final"].get("spike_count"),
+        final={name: cotangents["final"][name] for name in loop.DIFFERENTIATED},
+        spike_count=cotangents["final"].get("spike_count"),
     )
     outs = _launch(REVERSE, plan, by_name, (inputs._replace(state=kept), given))
 
@@ -153,9 +151,9 @@ def _pull(plan: loop.Plan, by_name: bool, residuals: Any, bars: dict[str, Any]) 
         return bar.sum([n for n, size in enumerate(x.shape) if size == 1], keepdims=True)
 
     found = outs["inputs"]
-    zeros = jax.tree.map(jnp.zeros_like, inputs._replace(currents=None, live=None))
+    zeros = jax.tree.map(jnp.zeros_like, inputs._replace(currents=None, valid_bits=None))
     params = {name: like(getattr(inputs.params, name), found[name]) for name in loop.trained(inputs.params)}
-    state = {name: found[name] for name in plan.moving}
+    state = {name: found[name] for name in plan.differentiated}
     return (
         zeros._replace(
             params=zeros.params.replace(**params),

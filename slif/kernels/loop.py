@@ -16,13 +16,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from slif._mesh import varying
+from slif.hyperparameters import ABOUT, NUMERIC
 from slif.kernels.inline import inline_jaxpr
-from slif.loops.plain import turn
+from slif.loops.plain import masked_step
+from slif.request import SUMMARIES, Request
 from slif.types import FIELDS, SLIFParams, SLIFState
 
 KEPT = ("v", "thr", "rfr")  # what the reverse loop starts a block from
 DIFFERENTIATED = ("v", "thr", "s", "j")  # fields that have a gradient
-TRAINED = ("tau_m", "resist_m", "thr_gain", "thr_leak")
+TRAINED = tuple(name for name in NUMERIC if ABOUT[name].shape == "units" and ABOUT[name].stored)
 BLOCK = 8  # K: steps whose currents are loaded ahead, and whose states the reverse loop holds in registers
 
 
@@ -31,12 +33,10 @@ class Plan:
     """What a kernel is compiled for."""
 
     n_steps: int  # T
+    request: Request  # as it came, without its arrays
     record: tuple[str, ...]  # written at each step, [T, M]
     spike_dtype: Any
-    count: bool  # of the output spikes, [M]
-    first: bool  # time of the first output spike, [M]
     masked: bool  # some rows are frozen at some steps
-    checkpoint_every: int | None  # of the scan where one has to stand in
     keep: bool = False  # the state before each block, [ceil(T / K), M], for the reverse loop
     n_units: int = 0  # M
     width: int = 0  # units of a tile, M or less
@@ -47,13 +47,13 @@ class Plan:
         return FIELDS if self.masked else ("v", "thr", "rfr", "tols")
 
     @property
-    def moving(self) -> tuple[str, ...]:
+    def differentiated(self) -> tuple[str, ...]:
         """The fields that carry a gradient from step to step."""
         return ("v", "thr", "s", "j") if self.masked else ("v", "thr")
 
     @property
     def summaries(self) -> tuple[str, ...]:
-        return ("spike_count",) * self.count + ("first_spike_time",) * self.first
+        return tuple(name for name in SUMMARIES if name in self.request.record)
 
     @property
     def n_tiles(self) -> int:
@@ -71,7 +71,7 @@ class Inputs(NamedTuple):
     params: SLIFParams  # [M]
     state: dict[str, Array]  # Plan.carried, [M]; KEPT, [ceil(T / K), M], for the reverse loop
     currents: Array  # [T, M]
-    live: Array | None  # [ceil(T / K), M] bit k: whether the row is live at step k of the block
+    valid_bits: Array | None  # [ceil(T / K), M] bit k: whether the row is valid at step k of the block
     dt: Array  # [M]
     t0: Array  # [M]
 
@@ -105,17 +105,16 @@ class Tile(NamedTuple):
         return self.row(ref, k).astype(jnp.int32)
 
 
-def live_at(bits: Array | None, k: int) -> Array | None:
+def valid_at(bits: Array | None, k: int) -> Array | None:
     return None if bits is None else (bits & (1 << k)) != 0
 
 
-def step(
-    params: SLIFParams, fields: dict[str, Array], j: Array, t: Array, dt: Array, live: Array | None
+def step_of_fields(
+    params: SLIFParams, fields: dict[str, Array], j: Array, t: Array, dt: Array, valid: Array | None
 ) -> tuple[SLIFState, dict[str, Array]]:
     """One step, from the fields that go round the loop: the state after it, and what it shows beside its fields."""
     unread: dict[str, Any] = dict.fromkeys(FIELDS)
-    old = SLIFState(**unread | fields)
-    new, u, s = turn(params, old, j, t, dt, live)
+    new, u, s = masked_step(params, SLIFState(**unread | fields), j, t, dt, valid)
     return new, {"u": u, "s": s}
 
 
@@ -123,41 +122,36 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
     """Runs all T steps of a tile."""
     params = jax.tree.map(tile.number, inputs.params)
     dt, t0 = tile.number(inputs.dt), tile.number(inputs.t0)
+    request = plan.request.replace(dt=dt, t0=t0)
 
-    def wanted(params, carry, j, t, dt, live):
-        fields, summary = carry
-        new, shown = step(params, fields, j, t, dt, live)
-        summary = dict(summary)
-        if plan.count:
-            count = summary["spike_count"]
-            summary["spike_count"] = jnp.where(shown["s"] > 0, count + 1, count)
-        if plan.first:
-            first = summary["first_spike_time"]
-            summary["first_spike_time"] = jnp.where(shown["s"] > 0, jnp.minimum(first, t), first)
+    def step_and_record(params, carry, j, t, dt, valid):
+        fields, summaries = carry
+        new, shown = step_of_fields(params, fields, j, t, dt, valid)
+        summaries = request.summarise(summaries, shown["s"], t)
         record = {name: x for name, x in (vars(new) | shown).items() if name in plan.record}
-        return ({name: getattr(new, name) for name in plan.carried}, summary), record, new
+        return ({name: getattr(new, name) for name in plan.carried}, summaries), record, new
 
-    advance, finish = inline_jaxpr(lambda *args: wanted(*args)[:2]), inline_jaxpr(wanted)
+    advance, finish = inline_jaxpr(lambda *args: step_and_record(*args)[:2]), inline_jaxpr(step_and_record)
 
     def write(k, record):
         for name, x in record.items():
             ref = outs["record"][name]
             ref[k, tile.units] = x.astype(ref.dtype)
 
-    def fetch(b, n):
-        """The currents of the first n steps of a block, and who is live in them."""
-        bits = None if inputs.live is None else tile.bits(inputs.live, b)
+    def load(b, n):
+        """The currents of the first n steps of a block, and which rows are valid in them."""
+        bits = None if inputs.valid_bits is None else tile.bits(inputs.valid_bits, b)
         return [tile.row(inputs.currents, b * BLOCK + k) for k in range(n)], bits
 
     def block(b, carry):
         carry, (currents, bits) = carry
-        ahead = fetch(jnp.minimum(b + 1, plan.n_blocks - 1), BLOCK)
+        next_block = load(jnp.minimum(b + 1, plan.n_blocks - 1), BLOCK)
         keep(b, carry)
         for n, j in enumerate(currents):
             k = b * BLOCK + n
-            carry, record = advance(params, tile.part(carry), j, t0 + k.astype(t0.dtype) * dt, dt, live_at(bits, n))
+            carry, record = advance(params, tile.part(carry), j, t0 + k.astype(t0.dtype) * dt, dt, valid_at(bits, n))
             write(k, record)
-        return carry, ahead
+        return carry, next_block
 
     def keep(b, carry):
         if plan.keep:
@@ -165,28 +159,22 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
                 outs["kept"][name][b, tile.units] = carry[0][name]
 
     fields = {name: tile.row(inputs.state[name]) for name in plan.carried}
-    summary = {}
-    if plan.count:
-        summary["spike_count"] = tile.fill(0).astype(jnp.int32)
-    if plan.first:
-        summary["first_spike_time"] = tile.fill(jnp.inf)
-    carry = (fields, summary)
+    carry = (fields, request.start_summaries(lambda value, dtype: tile.fill(value).astype(dtype), differentiable=False))
     if plan.n_blocks:
-        carry, _ = lax.fori_loop(0, plan.n_blocks, block, (carry, fetch(0, BLOCK)))
+        carry, _ = lax.fori_loop(0, plan.n_blocks, block, (carry, load(0, BLOCK)))
     keep(plan.n_blocks, carry)
-    start = plan.n_blocks * BLOCK
-    (*most, last), bits = fetch(plan.n_blocks, plan.n_steps - start)
+    start, end = plan.n_blocks * BLOCK, plan.n_steps - 1
+    (*most, last), bits = load(plan.n_blocks, plan.n_steps - start)
     for n, j in enumerate(most):
-        carry, record = advance(params, tile.part(carry), j, t0 + (start + n) * dt, dt, live_at(bits, n))
+        carry, record = advance(params, tile.part(carry), j, t0 + (start + n) * dt, dt, valid_at(bits, n))
         write(start + n, record)
-    end = plan.n_steps - 1
-    carry, record, new = finish(params, tile.part(carry), last, t0 + end * dt, dt, live_at(bits, end - start))
+    carry, record, new = finish(params, tile.part(carry), last, t0 + end * dt, dt, valid_at(bits, end - start))
     write(end, record)
-    for name, x in (carry[1] | vars(new)).items():
-        outs["final"][name][tile.units] = x.astype(jnp.float32)
+    for name, x in (request.finish_summaries(carry[1]) | vars(new)).items():
+        outs["final"][name][tile.units] = x
 
 
-class Bars(NamedTuple):
+class Cotangents(NamedTuple):
     """Cotangents of what the forward loop gave; None stands for zero."""
 
     record: dict[str, Array]  # [T, M]
@@ -194,40 +182,41 @@ class Bars(NamedTuple):
     spike_count: Array | None  # [M]
 
 
-def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, Any]) -> None:
+def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs: dict[str, Any]) -> None:
     """Runs all T steps of a tile backwards; each block runs forwards first, from the state that was kept."""
     params = jax.tree.map(tile.number, inputs.params)
     zero = tile.fill(0)  # added to a number, it makes one a unit: their cotangents are summed outside
-    own = {name: getattr(params, name) + zero for name in trained(params)}
+    per_unit = {name: getattr(params, name) + zero for name in trained(params)}
     dt = tile.number(inputs.dt) + zero
     unread = dict.fromkeys(FIELDS if plan.masked else ("tols",), zero)  # what no gradient depends on
 
-    def advance(own, fields, j, dt, live):
-        new, _ = step(params.replace(**own), unread | fields, j, dt, dt, live)
+    def advance(per_unit, fields, j, dt, valid):
+        new, _ = step_of_fields(params.replace(**per_unit), unread | fields, j, dt, dt, valid)
         return {name: getattr(new, name) for name in KEPT}
 
-    def pull(own, fields, j, dt, live, bar):
-        def outputs(own, moving, j, dt):
-            new, shown = step(params.replace(**own), unread | fields | moving, j, dt, dt, live)
+    def pull(per_unit, fields, j, dt, valid, bar):
+        def outputs(per_unit, differentiated, j, dt):
+            before = unread | fields | differentiated
+            new, shown = step_of_fields(params.replace(**per_unit), before, j, dt, dt, valid)
             return {name: getattr(new, name) for name in bar[0]}, {name: shown[name] for name in bar[1]}
 
-        moving = {name: (unread | fields)[name] for name in plan.moving}
-        return jax.vjp(outputs, own, moving, j, dt)[1](bar)
+        differentiated = {name: (unread | fields)[name] for name in plan.differentiated}
+        return jax.vjp(outputs, per_unit, differentiated, j, dt)[1](bar)
 
     advance, pull = inline_jaxpr(advance), inline_jaxpr(pull)
-    count = None if bars.spike_count is None else tile.row(bars.spike_count)
+    count = None if cotangents.spike_count is None else tile.row(cotangents.spike_count)
 
     def block(b, n, carry, last=None):
         """The first n steps of a block."""
         bar, total = carry
         start = b * BLOCK
         fields = {name: tile.row(inputs.state[name], b) for name in KEPT}
-        bits = None if inputs.live is None else tile.bits(inputs.live, b)
+        bits = None if inputs.valid_bits is None else tile.bits(inputs.valid_bits, b)
         currents = [tile.row(inputs.currents, start + k) for k in range(n)]
-        rows = [{name: tile.row(x, start + k) for name, x in bars.record.items()} for k in range(n)]
+        rows = [{name: tile.row(x, start + k) for name, x in cotangents.record.items()} for k in range(n)]
         states = [fields]
         for k, j in enumerate(currents[:-1]):
-            states.append(tile.part(advance(own, states[-1], j, dt, live_at(bits, k))))
+            states.append(tile.part(advance(per_unit, states[-1], j, dt, valid_at(bits, k))))
         for k in reversed(range(n)):
             of_fields = {"s": zero, "j": zero} | bar
             of_shown = {"s": zero} | ({"u": zero} if "u" in rows[k] else {})
@@ -239,15 +228,15 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, 
             for full, name, x in extra:
                 full[name] = full[name] + x.astype(zero.dtype)
             bar = tile.part((of_fields, of_shown))
-            d_own, bar, d_j, d_dt = pull(own, states[k], currents[k], dt, live_at(bits, k), bar)
-            total = jax.tree.map(jnp.add, total, (d_own, d_dt))
+            d_per_unit, bar, d_j, d_dt = pull(per_unit, states[k], currents[k], dt, valid_at(bits, k), bar)
+            total = jax.tree.map(jnp.add, total, (d_per_unit, d_dt))
             ref = outs["currents"]
             ref[start + k, tile.units] = d_j.astype(ref.dtype)
         return bar, total
 
-    final = {name: tile.row(x) for name, x in bars.final.items()}
-    carry = ({name: final[name] for name in plan.moving}, jax.tree.map(lambda _: zero, (own, dt)))
-    last = {name: x for name, x in final.items() if name not in plan.moving}
+    final = {name: tile.row(x) for name, x in cotangents.final.items()}
+    carry = ({name: final[name] for name in plan.differentiated}, jax.tree.map(lambda _: zero, (per_unit, dt)))
+    last = {name: x for name, x in final.items() if name not in plan.differentiated}
     carry = block(plan.n_blocks, plan.n_steps - plan.n_blocks * BLOCK, carry, last)
 
     def body(n, carry):
@@ -255,6 +244,6 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, bars: Bars, outs: dict[str, 
 
     if plan.n_blocks:
         carry = lax.fori_loop(0, plan.n_blocks, body, carry)
-    bar, (d_own, d_dt) = carry
-    for name, x in (bar | d_own | {"dt": d_dt}).items():
+    bar, (d_per_unit, d_dt) = carry
+    for name, x in (bar | d_per_unit | {"dt": d_dt}).items():
         outs["inputs"][name][tile.units] = x

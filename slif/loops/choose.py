@@ -9,7 +9,7 @@ from jax import Array, lax
 from slif import _device, kernels
 from slif.loops import cpu, gpu, plain
 from slif.request import Request
-from slif.surrogate import KINDS, Surrogate
+from slif.surrogate import BUILT_IN, Surrogate
 from slif.types import SLIFParams, SLIFState
 
 Loop = Callable[[SLIFParams, SLIFState, Array, Request], tuple[SLIFState, dict[str, Array]]]
@@ -50,4 +50,4 @@ def fuses(implementation: str | None, params: SLIFParams, currents: Array, reque
 
 def _known(surrogate: Surrogate) -> bool:
     """Whether it is one of the package's own: of a custom one no card's compiler has seen the code."""
-    return any((known.slope, known.wrt) == (surrogate.slope, surrogate.wrt) for known in KINDS.values())
+    return any((known.slope, known.wrt) == (surrogate.slope, surrogate.wrt) for known in BUILT_IN.values())

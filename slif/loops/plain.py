@@ -14,27 +14,33 @@ from slif.types import SLIFParams, SLIFState
 def run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, unroll: int = 1
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """state[k] = step(params, state[k - 1], currents[k], t0 + k dt, dt); params come from `prepare`."""
+    """state[k] = step(params, state[k - 1], currents[k], t0 + k dt, dt); the numbers come from `as_runtime_values`."""
 
     def body(carry, x):
         old, summaries = carry
-        j, t, live = x
-        new, u, s = turn(params, old, j, t, request.dt, live)
+        j, t, valid = x
+        new, u, s = masked_step(params, old, j, t, request.dt, valid, request.feedback)
         return (new, request.summarise(summaries, s, t)), request.observe(new, u, s)
 
     xs = (currents, request.times(currents.shape[0]), request.valid)
-    carry = (state, request.summaries(state))
+    carry = (state, request.start_summaries(lambda value, dtype: jnp.full_like(state.v, value, dtype)))
     (state, summaries), out = scan(body, carry, xs, request.checkpoint_every, unroll)
-    return state, out | request.summed_up(summaries)
+    return state, out | request.finish_summaries(summaries)
 
 
-def turn(
-    params: SLIFParams, old: SLIFState, j: Array, t: Array, dt: Array, live: Array | None
+def masked_step(
+    params: SLIFParams,
+    old: SLIFState,
+    j: Array,
+    t: Array,
+    dt: Array,
+    valid: Array | None,
+    feedback: Array | None = None,
 ) -> tuple[SLIFState, Any, Any]:
     """The state after a step, u, and the spikes that the step shows."""
     # A frozen row's current never reaches the equations, so that no NaN in it reaches a gradient.
-    j = freeze(live, j, jnp.zeros_like(j)).astype(old.v.dtype)
-    i = drive(params, old.s, j)
+    j = freeze(valid, j, jnp.zeros_like(j)).astype(old.v.dtype)
+    i = drive(params, old.s, j, feedback)
     u = charge(params, old, i, dt)
     new = fire(params, old, u, i, t.astype(old.v.dtype), dt)
-    return freeze(live, (new, u, new.s), (old, old.v, jnp.zeros_like(new.s)))
+    return freeze(valid, (new, u, new.s), (old, old.v, jnp.zeros_like(new.s)))

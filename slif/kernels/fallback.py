@@ -9,25 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from slif._mesh import alike
-from slif.kernels.loop import KEPT, Bars, Inputs, Plan, trained
+from slif._mesh import match_varying_axes
+from slif.kernels.loop import KEPT, Cotangents, Inputs, Plan, trained
 from slif.loops import plain
-from slif.request import Request
 from slif.types import FIELDS, SLIFState
 
 
 def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
     """What the kernel gives; in place of the states that it keeps, the first one, from which they follow."""
-    (inputs,) = alike(args)
+    (inputs,) = match_varying_axes(args)
     n_steps, *shape = inputs.currents.shape
     zeros = 0 * inputs.dt + jnp.zeros(shape)  # which differs between devices where the others do
-    request = Request(
+    request = plan.request.replace(
         dt=inputs.dt.reshape(()),
         t0=inputs.t0.reshape(()),
-        valid=None if inputs.live is None else _valid(inputs.live, n_steps),
+        valid=None if inputs.valid_bits is None else _valid(inputs.valid_bits, n_steps),
         record=(*plan.record, *plan.summaries),
         spike_dtype=plan.spike_dtype,
-        checkpoint_every=plan.checkpoint_every,
     )
     state = SLIFState(**dict.fromkeys(FIELDS, zeros) | inputs.state)
     final, out = plain.run(inputs.params, state, inputs.currents, request)
@@ -40,30 +38,32 @@ def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
     return {"record": out, "final": vars(final) | summaries, "kept": kept}
 
 
-def _valid(live: Array, n_steps: int) -> Array:
-    return jnp.unpackbits(live, axis=0, count=n_steps, bitorder="little").astype(bool)
+def _valid(bits: Array, n_steps: int) -> Array:
+    return jnp.unpackbits(bits, axis=0, count=n_steps, bitorder="little").astype(bool)
 
 
-def reverse(plan: Plan, args: tuple[Inputs, Bars]) -> dict[str, Any]:
+def reverse(plan: Plan, args: tuple[Inputs, Cotangents]) -> dict[str, Any]:
     """The derivative of `forward`, which runs once more for it."""
-    inputs, bars = alike(args)
+    inputs, cotangents = match_varying_axes(args)
     shape = inputs.currents.shape[1:]
     zeros = 0 * inputs.dt + jnp.zeros(shape)
     first = dict.fromkeys(plan.carried, zeros) | {name: x[0] for name, x in inputs.state.items()}
     # One number a unit, as the kernel has it: their cotangents are summed outside.
-    own = {name: jnp.broadcast_to(getattr(inputs.params, name), shape) for name in trained(inputs.params)}
+    per_unit = {name: jnp.broadcast_to(getattr(inputs.params, name), shape) for name in trained(inputs.params)}
 
-    def outputs(own, moving, currents, dt):
-        given = inputs._replace(params=inputs.params.replace(**own), state=first | moving, currents=currents, dt=dt)
+    def outputs(per_unit, differentiated, currents, dt):
+        params, state = inputs.params.replace(**per_unit), first | differentiated
+        given = inputs._replace(params=params, state=state, currents=currents, dt=dt)
         outs = forward(plan, (given,))
         record, final = outs["record"], outs["final"]
-        return Bars(
-            record={name: record[name] for name in bars.record},
-            final={name: final[name] for name in bars.final},
+        return Cotangents(
+            record={name: record[name] for name in cotangents.record},
+            final={name: final[name] for name in cotangents.final},
             spike_count=final.get("spike_count"),
         )
 
-    moving = {name: first[name] for name in plan.moving}
-    d_own, d_moving, d_currents, d_dt = jax.vjp(outputs, own, moving, inputs.currents, inputs.dt)[1](bars)
+    differentiated = {name: first[name] for name in plan.differentiated}
+    pull = jax.vjp(outputs, per_unit, differentiated, inputs.currents, inputs.dt)[1]
+    d_per_unit, d_state, d_currents, d_dt = pull(cotangents)
     d_dt = zeros.at[(0,) * len(shape)].set(d_dt.sum())
-    return {"currents": d_currents, "inputs": d_moving | d_own | {"dt": d_dt}}
+    return {"currents": d_currents, "inputs": d_state | d_per_unit | {"dt": d_dt}}

@@ -10,15 +10,15 @@ import numpy as np
 from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from slif._mesh import alike, names
+from slif._mesh import explicit_axes, explicit_mesh, match_varying_axes, reshard
 
 Fun = Callable[[int, Any], Any]
 
 
-def spread(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
+def partition(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
     """`fun(rank, args)`, whose arrays end in `rank` axes of independent units, and begin with axes of steps.
 
     The axes of units broadcast against each other to some shape; what comes out is `out_type(shape)`.
@@ -37,29 +37,29 @@ def spread(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
             return jnp.moveaxis(x, 0, first) if mapped else jnp.expand_dims(x, first)
 
         args = tree.unflatten(map(beside, leaves, mapped))
-        outs = spread(fun, out_type, rank + 1, args)
+        outs = partition(fun, out_type, rank + 1, args)
         outs = jax.tree.map(lambda x: jnp.moveaxis(x, x.ndim - rank - 1, 0), outs)
         return outs, jax.tree.map(lambda _: True, outs)
 
     return call(*leaves)
 
 
-def units(rank: int, args: Any) -> tuple[int, ...]:
+def units_shape(rank: int, args: Any) -> tuple[int, ...]:
     """The shape of the units."""
     return np.broadcast_shapes(*(x.shape[x.ndim - rank :] for x in jax.tree.leaves(args)))
 
 
 def _over_devices(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
     leaves, tree = jax.tree.flatten(args)
-    shape = units(rank, args)
+    shape = units_shape(rank, args)
     out_leaves, out_tree = jax.tree.flatten(out_type(shape))
 
     def local(*leaves: Array) -> tuple[Array, ...]:
         outs = fun(rank, tree.unflatten(leaves))
-        return tuple(alike((leaves, jax.tree.leaves(outs)))[1])
+        return tuple(match_varying_axes((leaves, jax.tree.leaves(outs)))[1])
 
-    mesh = next((m for x in leaves if not (m := jax.typeof(x).sharding.mesh).empty), None)
-    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+    mesh = explicit_mesh(*leaves)
+    if mesh is not None:
         run = _explicit(local, mesh, rank, shape, leaves, out_leaves)
     elif getattr(jax.config, "jax_use_shardy_partitioner", True):
         run = _automatic(local, rank, shape, leaves, out_leaves)
@@ -72,7 +72,7 @@ def _explicit(local: Callable, mesh: Any, rank: int, shape: tuple, leaves: list,
     """Where types tell what is sharded over which axes: a `shard_map` over these."""
     rows = [None] * rank
     for x in leaves:
-        for n, name in enumerate(names(x)[x.ndim - rank :]):
+        for n, name in enumerate(explicit_axes(x)[x.ndim - rank :]):
             rows[n] = rows[n] if name is None else name
 
     def spec(x: Any) -> P:
@@ -86,7 +86,7 @@ def _explicit(local: Callable, mesh: Any, rank: int, shape: tuple, leaves: list,
     )
 
     def run(*leaves: Array) -> tuple[Array, ...]:
-        placed = (jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(leaves, in_specs, strict=True))
+        placed = (reshard(x, mesh, *s) for x, s in zip(leaves, in_specs, strict=True))
         return mapped(*placed)
 
     return run
