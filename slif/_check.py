@@ -63,12 +63,16 @@ def _stacked(name: str, values: list[Any], dtype: Any) -> Array:
         return jnp.stack([put(x, dtype).astype(dtype) for x in values])
 
 
+def _is_ordinary(value: Any) -> bool:
+    """Whether this is plainly within the bounds of any number and dtype; NumPy takes twenty times as long to tell."""
+    return type(value) in (float, int) and 1e-4 < value < 6e4
+
+
 def as_number(name: str, value: Any, dtype: Any) -> Any:
     """A jax.Array as it is, anything else as a Python float, which jit takes without a new signature."""
     if isinstance(value, jax.Array):
         return value
-    # NumPy takes twenty times as long as this for what is plainly within the range of any dtype.
-    if type(value) in (float, int) and (1e-4 < value < 6e4 or (value == 0 and not KNOWN[name].open)):
+    if _is_ordinary(value) or (type(value) in (float, int) and value == 0 and not KNOWN[name].open):
         return float(value)
     array = as_real(name, value, dtype)
     check_shape(name, array.shape, 0)
@@ -86,17 +90,19 @@ def as_params(params: Any) -> SLIFParams:
         raise TypeError(f"surrogate: expected a Surrogate, got {shown(surrogate)}")
     if leaves["thr"] is None:
         raise TypeError("thr: expected a real number or array, got None")
-    if isinstance(leaves["thr"], jax.Array) and leaves["thr"].dtype not in FLOATS:
-        as_floating_dtype("thr", leaves["thr"].dtype)
     given = {name: x for name in NUMERIC if not isinstance(x := leaves[name], _DEVICE)}
     slopes = {name: x for name, x in surrogate.numbers.items() if not isinstance(x, jax.Array)}
+    dtype = as_floating_dtype("thr", (as_real("thr", given["thr"]) if "thr" in given else leaves["thr"]).dtype)
     if not given and not slopes:
         return params
-    dtype = as_floating_dtype("thr", as_real("thr", leaves["thr"]).dtype)
-    given = {name: as_real(name, x, dtype).astype(dtype) for name, x in given.items()}
+    given = {name: _as_leaf(name, x, dtype) for name, x in given.items()}
     about = SLOPE if has_bounds(surrogate) else ANY
-    slopes = {name: as_real(f"surrogate {name}", x, dtype, about).astype(dtype) for name, x in slopes.items()}
+    slopes = {name: _as_leaf(f"surrogate {name}", x, dtype, about) for name, x in slopes.items()}
     return params.replace(**given, surrogate=surrogate.replace(numbers={**surrogate.numbers, **slopes}))
+
+
+def _as_leaf(name: str, value: Any, dtype: Any, about: Hyperparameter | None = None) -> Any:
+    return np.asarray(value, dtype) if _is_ordinary(value) else as_real(name, value, dtype, about).astype(dtype)
 
 
 def as_state(state: Any, name: str = "state") -> SLIFState:

@@ -365,7 +365,7 @@ def test_a_cell_has_one_set_of_parameters_for_all_steps():
     with pytest.raises(ValueError, match=r"^params: expected fixed_thr of shape \(100,\), .* all steps share"):
         rnn.init(jax.random.key(0), currents(2, 3, N))
     cell = slif.nnx.SLIFCell(N, dt=DT, **HYPER, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="^carry_init: expected None"):
+    with pytest.raises(ValueError, match=r"^carry_init: expected None"):
         cell.initialize_carry((2, N), carry_init=nnx.initializers.ones)
 
 
