@@ -45,7 +45,7 @@ def as_real(name: str, value: Any, dtype: Any = np.float64, about: Hyperparamete
     if holds_arrays(value):
         return _stacked(name, [as_real(name, x, dtype, about) for x in value], dtype)
     array = as_numbers(name, value)
-    about = about or KNOWN.get(name, SLOPE if name.startswith(SURROGATE) else ANY)
+    about = about or KNOWN.get(name, ANY)
     inside = stored(name, array, dtype, infinite=about.infinite, normal=about.normal)
     if not (inside > about.low if about.open else inside >= about.low).all():
         sign = ">" if about.open else ">="
@@ -96,9 +96,14 @@ def as_params(params: Any) -> SLIFParams:
     if not given and not slopes:
         return params
     given = {name: _as_leaf(name, x, dtype) for name, x in given.items()}
-    about = SLOPE if has_bounds(surrogate) else ANY
+    about = about_slope(surrogate)
     slopes = {name: _as_leaf(f"surrogate {name}", x, dtype, about) for name, x in slopes.items()}
     return params.replace(**given, surrogate=surrogate.replace(numbers={**surrogate.numbers, **slopes}))
+
+
+def about_slope(surrogate: Surrogate) -> Hyperparameter:
+    """What there is to know of the numbers of its slope."""
+    return SLOPE if has_bounds(surrogate) else ANY
 
 
 def _as_leaf(name: str, value: Any, dtype: Any, about: Hyperparameter | None = None) -> Any:
@@ -356,9 +361,9 @@ def as_host_params(params: SLIFParams) -> SLIFParams:
 
 
 def check_slope_numbers(numbers: Any, dtype: Any) -> None:
-    """That the numbers, in host memory, are those of a surrogate that has a name."""
+    """That the numbers, in host memory, are those of a surrogate of our own."""
     for name, x in numbers.items():
-        as_real(f"{SURROGATE}{name}", x, dtype)
+        as_real(f"{SURROGATE}{name}", x, dtype, SLOPE)
 
 
 def as_device_state(params: SLIFParams, value: Any) -> SLIFState:

@@ -327,7 +327,8 @@ def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
             _check.check_currents("currents", value, (None,) * max(value.ndim, 1))
             points[name] = _check.put(value, value.dtype)
             continue
-        array, n_units = _check.as_real(name, value, params.thr.dtype), params.n_units
+        about = _check.about_slope(params.surrogate) if name in slopes else None
+        array, n_units = _check.as_real(name, value, params.thr.dtype, about), params.n_units
         spelt = SPELT[shapes[name]]
         if array.shape[1:] not in [(n_units,) * shape.count("N") for shape in spelt.split(" or ")] or array.ndim == 0:
             raise ValueError(f"{name}: expected shape {spelt} with N = {n_units}, got shape {array.shape}")

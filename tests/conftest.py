@@ -41,6 +41,7 @@ MECHANISMS = {
         "thr_persist": True,
     },
     "sparse_everything": {"resist_inh": 0.3, "refract_time": 0.75, "sticky_spikes": True, "rho_b": 0.005},
+    "soft": {"reset": "subtract", "refract_time": 0.75, "sticky_spikes": True, "thr_gain": 0.02},
     "voltage": {"refract_time": 0.75, "thr_gain": 0.02, "surrogate": slif.arctan()},
 }
 

@@ -20,6 +20,8 @@ class Cell:
     inh_weights: np.ndarray | None = None  # [N, N]
     sticky_spikes: bool = False
     thr_persist: bool = False
+    reset: str = "zero"
+    feedback: np.ndarray | None = None  # [N, N]
     c2: float = 0.08
 
 
@@ -40,6 +42,8 @@ def reset(cell, state):
 def step(cell, state, j, t, dt):
     v, thr, rfr = state["v"], state["thr"], state["rfr"]
 
+    if cell.feedback is not None:
+        j = j + state["s"] @ cell.feedback
     i = j * cell.resist_m
     if cell.inh_weights is not None:
         hollow = cell.inh_weights * (1 - np.eye(len(cell.inh_weights)))
@@ -48,6 +52,7 @@ def step(cell, state, j, t, dt):
     ready = rfr >= cell.refract_time
     u = np.where(ready, v + ((i - v) / cell.tau_m) * dt, v)
     z = u > thr
+    v = np.where(z, 0 if cell.reset == "zero" else u - thr, u)
 
     if cell.rho_b > 0:
         thr = np.maximum(thr + (z.sum(-1, keepdims=True) - 1) * cell.rho_b, 0.025)
@@ -57,7 +62,7 @@ def step(cell, state, j, t, dt):
     s = z | ~ready if cell.sticky_spikes else z
     return {
         "j": i,
-        "v": np.where(z, 0, u),
+        "v": v,
         "s": s.astype(np.float64),
         "thr": thr,
         "rfr": np.where(z, dt, rfr + dt),

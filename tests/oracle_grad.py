@@ -47,6 +47,8 @@ class Cell:
     inh_weights: NDArray | None = None
     sticky_spikes: bool = False
     detach_reset: bool = True
+    reset: str = "zero"
+    feedback: NDArray | None = None
 
     @property
     def inhibits(self) -> NDArray:
@@ -59,7 +61,7 @@ class Cell:
 class Step:
     """What the backward loops read of one step: its input, the state before it, and what it computed."""
 
-    j: NDArray
+    j: NDArray  # feedback included
     v: NDArray
     s: NDArray
     thr: NDArray
@@ -74,6 +76,7 @@ def run(cell: Cell, state: dict[str, NDArray], currents: NDArray, dt: float) -> 
     v, s, thr, rfr = (state[name] for name in ("v", "s", "thr", "rfr"))
     steps, raster = [], []
     for j in currents:
+        j = j if cell.feedback is None else j + s @ cell.feedback
         i = j * cell.resist_m
         if cell.inh_weights is not None:
             i = i - (s @ (cell.inh_weights * cell.inhibits)) * cell.resist_inh
@@ -81,7 +84,7 @@ def run(cell: Cell, state: dict[str, NDArray], currents: NDArray, dt: float) -> 
         u = np.where(ready, v + (i - v) / cell.tau_m * dt, v)
         z = np.where(u > thr, 1.0, 0.0)
         steps.append(Step(j, v, s, thr, i, ready, u, z))
-        v = (1 - z) * u
+        v = (1 - z) * u if cell.reset == "zero" else u - z * thr
         if cell.rho_b > 0:
             thr = np.maximum(thr + (z.sum(-1, keepdims=True) - 1) * cell.rho_b, FLOOR)
         else:
@@ -96,19 +99,23 @@ def _through_current(cell: Cell, step: Step, i_bar: NDArray, bars: dict[str, NDA
     """From i_bar to j_bar and to the adjoint of the spikes of the step before."""
     bars["resist_m"] += i_bar * step.j
     j_bar = i_bar * cell.resist_m
+    s_bar = np.zeros_like(i_bar)
+    if cell.feedback is not None:
+        bars["feedback"] += step.s.T @ j_bar
+        s_bar = s_bar + j_bar @ cell.feedback.T
     if cell.inh_weights is None:
-        return j_bar, np.zeros_like(i_bar)
+        return j_bar, s_bar
     weights, felt = cell.inh_weights * cell.inhibits, i_bar * cell.resist_inh
     bars["resist_inh"] -= i_bar * (step.s @ weights)
     bars["inh_weights"] -= (step.s.T @ felt) * cell.inhibits
-    return j_bar, -felt @ weights.T
+    return j_bar, s_bar - felt @ weights.T
 
 
 def backward_voltage(cell: Cell, steps: list[Step], raster_bars: dict[str, NDArray], dt: float) -> dict[str, NDArray]:
     """Back-propagation through time, given the cotangents [T, B, N] of the recorded s, v, thr and j.
 
     Returns the gradients of the currents, of the initial v, s and thr, and of the parameters, theirs summed over time
-    and, but for inh_weights, not yet over the batch.
+    and, but for inh_weights and feedback, not yet over the batch.
     """
     v_bar, s_bar, thr_bar = np.zeros((3, *steps[0].v.shape))
     bars, currents = defaultdict(float), []
@@ -129,11 +136,12 @@ def backward_voltage(cell: Cell, steps: list[Step], raster_bars: dict[str, NDArr
             z_bar = z_bar + thr_bar * cell.thr_gain
             thr_bar = thr_bar * (1 - cell.thr_leak)
 
+        soft = cell.reset == "subtract"
         if not cell.detach_reset:
-            z_bar = z_bar - v_bar * step.u
+            z_bar = z_bar - v_bar * (step.thr if soft else step.u)
         x_bar = z_bar * cell.slope(step.u - step.thr)
-        u_bar = v_bar * (1 - step.z) + x_bar
-        thr_bar = thr_bar - x_bar
+        u_bar = (v_bar if soft else v_bar * (1 - step.z)) + x_bar
+        thr_bar = thr_bar - x_bar - (v_bar * step.z if soft else 0)
 
         moved = np.where(step.ready, u_bar, 0) * dt / cell.tau_m
         bars["tau_m"] -= moved * (step.i - step.v) / cell.tau_m

@@ -26,7 +26,8 @@ def test_u_is_what_is_compared_and_reset(mechanism):
     before = np.concatenate([np.broadcast_to(params.thr, (1, BATCH, N_UNITS)), out["thr"][:-1]])
     fired = np.asarray(out["u"]) > before
     np.testing.assert_array_equal(fired, out["s"])
-    np.testing.assert_array_equal(np.where(fired, 0, out["u"]), out["v"])
+    spiked = out["u"] - before if params.reset == "subtract" else 0
+    np.testing.assert_array_equal(np.where(fired, spiked, out["u"]), out["v"])
     assert (out["u"][fired] > 0).all()
 
 

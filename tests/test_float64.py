@@ -7,6 +7,7 @@ import pytest
 from conftest import BATCH, DT, FIELDS, MECHANISMS, N_UNITS, enable_x64, make_currents, make_params
 
 import slif
+from slif.hyperparameters import STATIC
 
 # The oracle has the secant's slope alone.
 MECHANISMS_OF_THE_ORACLE = [name for name, arguments in MECHANISMS.items() if "surrogate" not in arguments]
@@ -20,7 +21,7 @@ def x64():
 
 def cell_of(params):
     numbers = {name: np.float64(x) for name, x in vars(params).items() if isinstance(x, jax.Array)}
-    return oracle.Cell(**numbers, sticky_spikes=params.sticky_spikes, thr_persist=params.thr_persist)
+    return oracle.Cell(**numbers, **{name: getattr(params, name) for name in STATIC})
 
 
 def assert_close(actual, expected):

@@ -105,6 +105,7 @@ def by_hand(inputs, bars, kind):
         slope=functools.partial(oracle_grad.SLOPES[SLOPES[kind]], **wide(surrogate.numbers)),
         **wide({name: getattr(params, name) for name in NUMERIC if name != "thr"}),
         sticky_spikes=params.sticky_spikes,
+        reset=params.reset,
         detach_reset=surrogate.detach_reset,
     )
     start = wide({name: getattr(state, name) for name in ("v", "s", "thr", "rfr")})
