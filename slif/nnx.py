@@ -180,7 +180,9 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
         """The cell at rest, with the thresholds of the module; `rngs` is not used."""
         del rngs
         if carry_init is not None:
-            raise ValueError(f"carry_init: expected None, as parameters tell the state at rest, got {shown(carry_init)}")
+            raise ValueError(
+                f"carry_init: expected None, as parameters tell the state at rest, got {shown(carry_init)}"
+            )
         return _layers.initial_carry(_params(self), input_shape)
 
     @property
