@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that PyTorch finds memory too
 
@@ -86,7 +86,7 @@ class Program(NamedTuple):
     shape: tuple[int, ...]  # of the currents
     dtypes: tuple[str, str]  # of currents and spikes
 
-    def function(self, implementation: str) -> Callable:
+    def function(self, implementation: Literal["xla", "pallas"]) -> Callable:
         """Of the currents, or a layer's matrix and input, and for a gradient a cotangent of the spikes."""
         surrogate = slif.secant() if self.kind == "secant" else slif.arctan()
         mechanism = STICKY if self.table == "kernels" else {}
@@ -107,7 +107,7 @@ class Program(NamedTuple):
         return 2 * sum(math.prod(x.shape) * x.dtype.itemsize for x in self.arguments)
 
 
-def raster(implementation: str, spikes: Any, params: slif.SLIFParams, x: jax.Array) -> jax.Array:
+def raster(implementation: Literal["xla", "pallas"], spikes: Any, params: slif.SLIFParams, x: jax.Array) -> jax.Array:
     state = slif.init_state(params, x.shape[1:-1])
     return slif.simulate(params, state, x, dt=cases.DT, spike_dtype=spikes, implementation=implementation)[1]["s"]
 
