@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slif
+from slif.hyperparameters import STATIC
 
 # Few examples, of one shape: a new shape is a new compilation.
 few = settings(max_examples=6, derandomize=True, deadline=None, database=None)
@@ -494,7 +495,7 @@ def test_params_and_state_are_pytrees(mechanism):
 def test_every_number_of_params_is_a_leaf():
     params = make_params("everything", rho_b=np.zeros(()), surrogate=slif.secant())
     paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    static = {"surrogate", "sticky_spikes", "thr_persist"}
+    static = {"surrogate", *STATIC}
     numbers = {f".{field.name}" for field in dataclasses.fields(params) if field.name not in static}
     assert paths == numbers | {".surrogate.numbers['c1']", ".surrogate.numbers['c2']"}
 
