@@ -289,14 +289,16 @@ def _thresholds(file: IO[bytes], shapes: tuple[tuple[int, ...], ...]) -> np.ndar
             if (version := np.lib.format.read_magic(member)) != (1, 0):
                 raise ValueError(f"threshold: expected version (1, 0) of NumPy's format, got {version}")
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
-            if not _check.is_real(dtype) or shape not in shapes:
+            if dtype.kind not in "iuf" or shape not in shapes:
                 expected = f"real numbers of shape {shapes[0]} or {shapes[1]}"
                 raise ValueError(f"threshold: expected {expected}, got {dtype} of shape {shape}")
             size = math.prod(shape) * dtype.itemsize
             data = member.read(size + 1)
             if len(data) != size:
                 raise ValueError(f"threshold: expected {size} bytes of numbers, got {len(data)} or more")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
+    # In the byte order of this machine, whatever that of the file's was.
+    thr = np.frombuffer(data, dtype).astype(np.float64)
+    return thr.reshape(shape, order="F" if fortran_order else "C")
 
 
 _KINDS = {
@@ -380,15 +382,15 @@ def _reading(path: str) -> Iterator[IO[bytes]]:
 
 
 def _restored(params: Any, state: Any, kind: Any, detach_reset: Any, **static: Any) -> tuple[SLIFParams, SLIFState]:
-    """What `save` was given, from the entries of its file; what is static and newer than the file has its default."""
-    if unknown := sorted(set(static).difference(STATIC)):
-        raise ValueError(f"expected entries among {', '.join(STATIC)}, got {', '.join(unknown)}")
+    """What `save` was given, from the entries of its file."""
+    static = {"reset": ABOUT["reset"].default} | static  # which files of 0.1 do not have
+    if static.keys() != set(STATIC):
+        raise ValueError(f"expected the entries {', '.join(STATIC)}, got {', '.join(static)}")
     for keys, x in jax.tree_util.tree_leaves_with_path({"params": params, "state": state}):
-        _check.check_array(jax.tree_util.keystr(keys, simple=True, separator="."), x)
+        _check.check_array(jax.tree_util.keystr(keys, simple=True, separator="."), x, "an array of real numbers")
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise ValueError(f"expected jax_enable_x64 to be set, since the file holds {x.dtype}")
     surrogate = named(kind, params.pop("surrogate"), detach_reset)
-    static = {name: static.get(name, ABOUT[name].default) for name in STATIC}
     params, state = SLIFParams(**params, **static, surrogate=surrogate), SLIFState(**state)
     # On the host, where values can be looked at. The leaves go on as they are: the check would cast them.
     _check.as_params(params)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from slif import _check, _warn
-from slif.hyperparameters import NUMERIC, STATIC, Mechanisms, Numbers, with_defaults
+from slif.hyperparameters import NUMERIC, OPTIONAL, STATIC, Mechanisms, Numbers, with_defaults
 from slif.rounding import as_runtime_values, hollow
 from slif.surrogate import secant
 from slif.types import FIELDS, SLIFParams, SLIFState
@@ -73,7 +73,8 @@ def init_params(
     given: dict[str, Any] = {"tau_m": tau_m, "resist_m": resist_m, "thr": thr, **mechanisms}
     dtype = _check.as_requested_dtype("dtype", given["dtype"])
     key, n_units = _check.as_key(key), _check.as_size("n_units", n_units, 1)
-    numbers = {name: given[name] for name in NUMERIC if name in given and not is_off(given[name])}
+    left_out = {name for name in OPTIONAL if is_off(given.get(name, 0))}
+    numbers = {name: given[name] for name in NUMERIC if name in given and name not in left_out}
     numbers = {name: _check.as_real(name, x, dtype) for name, x in numbers.items()}
     for name, x in numbers.items():
         _check.check_shape(name, x.shape, n_units, "units" if name == "thr" else None)

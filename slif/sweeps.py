@@ -17,11 +17,13 @@ from slif._host import shown
 from slif.hyperparameters import ABOUT, NUMERIC, Numbers
 from slif.request import RECORDS, Records
 from slif.simulation import simulate
+from slif.surrogate import BUILT_IN
 from slif.types import SLIFParams, SLIFState
 
 # What can be swept beside the currents and the numbers of the surrogate, and in which shapes.
 SHAPES = {name: ABOUT[name].shape for name in NUMERIC} | {"dt": "scalar", "feedback": "matrix"}
 SPELT = {"scalar": "[P]", "units": "[P] or [P, N]", "thresholds": "[P] or [P, N]", "matrix": "[P, N, N]"}
+SLOPES = {SURROGATE + name for surrogate in BUILT_IN.values() for name in surrogate.numbers}  # positive, all of them
 ARGUMENTS = ("dt", "currents", "feedback")  # of `simulate`, and no fields of params
 Over = Mapping[str, Numbers | Sequence[Sequence[float]]]
 WORST = {"tau_m": np.min, "refract_time": np.max}  # what a length of dt is held against
@@ -51,7 +53,11 @@ def grid(**axes: Numbers | range) -> dict[str, Array]:
     """
     if not axes:
         raise ValueError("axes: expected one axis or more, got none")
-    values = {name: _check.as_real(name, list(x) if isinstance(x, range) else x) for name, x in axes.items()}
+    about = dict.fromkeys(SLOPES, _check.SLOPE)
+    values = {
+        name: _check.as_real(name, list(x) if isinstance(x, range) else x, about=about.get(name))
+        for name, x in axes.items()
+    }
     for name, x in values.items():
         if x.ndim != 1 or x.size == 0:
             raise ValueError(f"{name}: expected shape [n], n >= 1, got shape {x.shape}")

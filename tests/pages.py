@@ -9,7 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # What a block needs beyond the package itself, by what it says.
-NEEDS = {"import nir": "nir", "from slif import plot": "matplotlib", "from jax import export": "flatbuffers"}
+NEEDS = {
+    "import nir": "nir",
+    "from slif import plot": "matplotlib",
+    "from jax import export": "flatbuffers",
+    "import equinox": "equinox",
+    "import orbax": "orbax.checkpoint",
+}
 
 
 def recipes(path):

@@ -52,8 +52,27 @@ def test_snntorch(names, surrogate):
     make = getattr(pytest.importorskip("snntorch.surrogate"), surrogate)
     cell = snntorch.Leaky(0.9, 0.5, make(), reset_mechanism="zero", reset_delay=False)
     ours = getattr(names["slif"], surrogate.replace("atan", "arctan"))(detach_reset=False)
-    names["leaky"] = names["leaky"].replace(surrogate=ours)
-    agree(names["snntorch_run"], names["x"], lambda x: loop(cell, x / 10, cell.reset_mem()))
+    params = names["leaky"].replace(surrogate=ours)
+    agree(lambda x: names["snntorch_run"](x, params), names["x"], lambda x: loop(cell, x / 10, cell.reset_mem()))
+
+
+def test_snntorch_soft_and_recurrent(names):
+    snntorch, surrogate = pytest.importorskip("snntorch"), pytest.importorskip("snntorch.surrogate").atan()
+    cell = snntorch.Leaky(0.9, 0.5, surrogate, reset_mechanism="subtract", reset_delay=False)
+    agree(lambda x: names["snntorch_run"](x, names["soft"]), names["x"], lambda x: loop(cell, x / 10, cell.reset_mem()))
+
+    kind = {"all_to_all": False, "V": -0.3, "reset_mechanism": "zero", "reset_delay": False}
+    cell = snntorch.RLeaky(0.9, threshold=0.5, spike_grad=surrogate, **kind)
+
+    def theirs(x):
+        torch, out = pytest.importorskip("torch"), []
+        s, mem = cell.init_rleaky()
+        for j in x:
+            s, mem = cell(j / 10, s, mem)
+            out.append(s)
+        return torch.stack(out)
+
+    agree(lambda x: names["snntorch_recurrent"](x, -0.3), names["x"], theirs)
 
 
 @pytest.mark.parametrize("detach_reset", [False, True])
@@ -63,8 +82,18 @@ def test_spikingjelly(names, surrogate, detach_reset):
     make = getattr(pytest.importorskip("spikingjelly.activation_based.surrogate"), surrogate)
     cell = neuron.LIFNode(10.0, v_threshold=0.5, surrogate_function=make(), detach_reset=detach_reset, step_mode="m")
     slope = {"Sigmoid": names["slif"].sigmoid(4.0), "ATan": names["slif"].arctan()}[surrogate]
-    names["node"] = names["node"].replace(surrogate=slope.replace(detach_reset=detach_reset))
-    agree(names["spikingjelly_run"], names["x"], cell)
+    params = names["node"].replace(surrogate=slope.replace(detach_reset=detach_reset))
+    agree(lambda x: names["spikingjelly_run"](x, params), names["x"], cell)
+
+
+@pytest.mark.parametrize("detach_reset", [False, True])
+def test_spikingjelly_soft(names, detach_reset):
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    sigmoid = pytest.importorskip("spikingjelly.activation_based.surrogate").Sigmoid()
+    options = {"v_threshold": 0.5, "v_reset": None, "decay_input": False, "detach_reset": detach_reset}
+    cell = neuron.LIFNode(10.0, surrogate_function=sigmoid, step_mode="m", **options)
+    params = names["spikingjelly_soft"].replace(surrogate=names["slif"].sigmoid(4.0, detach_reset=detach_reset))
+    agree(lambda x: names["spikingjelly_run"](x, params), names["x"] / 10, cell)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 100.0])
@@ -101,14 +130,14 @@ def test_spyx(names):
         np.testing.assert_allclose(jax.vmap(jax.grad(fn))(at), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("surrogate", ["FastSigmoid", "ATan"])
-def test_jaxpike(names, surrogate):
+@pytest.mark.parametrize(("reset", "surrogate"), [("zero", "FastSigmoid"), ("zero", "ATan"), ("subtract", "ATan")])
+def test_jaxpike(names, reset, surrogate):
     jaxpike, slif, x = pytest.importorskip("jaxpike"), names["slif"], names["x"]
-    lif = jaxpike.LIF(10.0, threshold=0.5, reset="zero", surrogate=getattr(jaxpike, surrogate)())
+    lif = jaxpike.LIF(10.0, threshold=0.5, reset=reset, surrogate=getattr(jaxpike, surrogate)())
     ours = {"FastSigmoid": slif.fast_sigmoid, "ATan": slif.arctan}[surrogate]
-    names["pike"] = names["pike"].replace(surrogate=ours(detach_reset=False))
+    params = names[{"zero": "pike", "subtract": "jaxpike_soft"}[reset]].replace(surrogate=ours(detach_reset=False))
     cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
-    spikes, vjp = jax.vjp(names["jaxpike_run"], x)
+    spikes, vjp = jax.vjp(lambda x: names["jaxpike_run"](x, params), x)
     expected, expected_vjp = jax.vjp(lambda x: jaxpike.unroll(lif, x)[0], x)
     assert 0.01 < spikes.mean() < 0.9
     np.testing.assert_array_equal(spikes, expected)

@@ -34,7 +34,7 @@ def test_defaults_of_parameters():
     assert rows.keys() | {"key", "n_units"} == known.keys() | {"inh_weights"}
     for name in rows.keys() - {"inh_weights", "surrogate", "dtype"}:
         default = known[name].default
-        assert rows[name] == ("" if default is inspect.Parameter.empty else str(default)), name
+        assert rows[name].strip("`") == ("" if default is inspect.Parameter.empty else repr(default).replace("'", '"'))
     params = slif.init_params(jax.random.key(0), 1, tau_m=1.0, resist_m=1.0, thr=1.0)
     assert rows["surrogate"] == f"`{kind_of(params.surrogate)}()`"
     assert rows["dtype"] == params.thr.dtype
