@@ -119,12 +119,6 @@ def ngclearn(request):
         pytest.skip("ngclearn is not installed")
 
 
-@pytest.fixture(scope="session", params=["xla"])
-def implementation(request):
-    """Every implementation of `simulate` that does all that it offers; test_kernels.py runs the other."""
-    return request.param
-
-
 @pytest.fixture
 def refused(capsys):
     """A function that runs an example's main, has it end with code 2 and one line only, and returns that line."""
