@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DT, MECHANISMS, RECORDS, assert_agree, make_currents, make_params, make_state
+from conftest import (
+    DT,
+    MECHANISMS,
+    RECORDS,
+    assert_agree,
+    assert_same,
+    enable_x64,
+    make_currents,
+    make_params,
+    make_state,
+)
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,6 +32,7 @@ from slif.kernels import OLDEST_JAX, inline
 from slif.kernels.inline import inline_jaxpr, obstacle
 from slif.loops import choose
 from slif.request import SUMMARIES, Request
+from slif.rounding import nearest_reciprocal, reciprocal
 from slif.surrogate import BUILT_IN
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < OLDEST_JAX, reason="the fused kernels need a newer jax")
@@ -379,6 +390,17 @@ def test_cards_and_releases(monkeypatch, kind, capability, version, why):
             run(params, currents)
 
 
+def test_what_stands_in_for_the_kernels_under_x64(monkeypatch):
+    """params in float32 stay in it where JAX's own arrays would be float64."""
+    on_a_gpu(monkeypatch, "NVIDIA H100", "9.0", (0, 12, 0))
+    params, x = make_params("gain", 7, surrogate=slif.arctan()), make_currents((3, 7))
+    with enable_x64():
+        gradient, state = jax.grad(lambda x: (lambda r: (r[1]["s"].sum(), r[0]))(run(params, x, None)), has_aux=True)(x)
+        expected = run(params, x, "xla")[0]
+    assert_same(state, expected)
+    assert gradient.dtype == state.v.dtype == jnp.float32
+
+
 def test_a_cpu_beside_a_gpu_scans(monkeypatch):
     """With a GPU by default, a program for the CPU takes the scan: nothing of it runs in the interpreter."""
     x = make_currents((9, 3, 7))
@@ -538,3 +560,15 @@ class TestCode:
         assert text.count("mosaic_gpu_v2") == 1
         assert f"tensor<9x{n_points}xf32>" in text
         assert f"{n_points}x128x" not in text  # nothing of a tile's width for every point
+
+
+def test_reciprocals_are_the_nearest_floats():
+    """From a quotient that is off by up to two ulps, as a GPU's may be."""
+    powers = 2.0 ** np.arange(-100, 100, dtype=np.float32)
+    random = np.exp(np.random.default_rng(0).uniform(-80, 80, 10**5)).astype(np.float32)
+    x = np.concatenate([powers, np.nextafter(powers, np.float32(0)), random])
+    expected = 1 / x
+    for ulps in range(-2, 3):
+        y = (expected.view(np.int32) + np.int32(ulps)).view(np.float32)
+        np.testing.assert_array_equal(jax.jit(nearest_reciprocal)(x, y), expected)
+    np.testing.assert_array_equal(jax.jit(reciprocal)(x), expected)
