@@ -26,12 +26,10 @@ class Fixed(nnx.Variable):
 
 
 class _Layer(nnx.Module):
-    def __init__(
-        self, features: int, *, dt: float, hyper: dict[str, Any], learn: tuple[str, ...], rngs: nnx.Rngs | None
-    ):
+    def __init__(self, features: int, *, dt: float, hyper: dict[str, Any], learn: tuple[str, ...], rngs: nnx.Rngs):
         hyper = _layers.complete(hyper, learn, dt)
         dtype = _layers.check_made(features, hyper, dt)
-        key, names = _key(nnx.Rngs(0) if rngs is None else rngs), _layers.stored_names(hyper, learn)
+        key, names = _key(rngs), _layers.stored_names(hyper, learn)
         params = _layers.draw(key, features, hyper, dtype)
         self.features, self.dt, self.dtype = features, dt, params.thr.dtype
         self.static = tuple(getattr(params, name) for name in STATIC), params.surrogate.replace(numbers={})
@@ -356,7 +354,9 @@ class LeakyIntegrator(_Layer):
         rngs: nnx.Rngs | None = None,
     ):
         learn = _check.as_names("learn", learn, ("tau_m", "resist_m"))
-        super().__init__(features, dt=dt, hyper=_layers.integrator(tau_m, resist_m, dtype), learn=learn, rngs=None)
+        super().__init__(
+            features, dt=dt, hyper=_layers.integrator(tau_m, resist_m, dtype), learn=learn, rngs=nnx.Rngs(0)
+        )
         self.time_major = time_major
 
     @overload

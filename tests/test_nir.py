@@ -96,7 +96,7 @@ def test_strict_lists_all_that_would_be_lost(mechanism):
     with pytest.raises(ValueError, match="params: NIR has no") as raised:
         to_nir(make_params(mechanism), dt=0.25)
     told = str(raised.value).removeprefix("params: NIR has no ").split(";")[0]
-    assert told.split(", no ") == LOST[mechanism]
+    assert sorted(told.split(", no ")) == sorted(LOST[mechanism])
 
 
 @pytest.mark.parametrize("mechanism", LOST)
@@ -192,7 +192,8 @@ def test_nodes_of_others():
             (lif(metadata=kept_alpha(x)), ValueError, "surrogate.alpha")
             for x in (0.0, -1.0, np.nan, jnp.float32(-1), 1e-50)
         ),
-        *((lif(metadata=kept_alpha(x)), TypeError, "surrogate.alpha") for x in ("2", None, [[1.0], [2.0, 3.0]])),
+        *((lif(metadata=kept_alpha(x)), TypeError, "surrogate.alpha") for x in ("2", None)),
+        (lif(metadata=kept_alpha([[1.0], [2.0, 3.0]])), ValueError, "surrogate.alpha"),
         *((lif(metadata=kept(refract_time=x)), ValueError, "refract_time") for x in (-1.0, np.nan, jnp.float32(-1))),
         *((lif(metadata=kept(rho_b=x)), ValueError, "rho_b") for x in (np.inf, np.ones(2), jnp.float32(jnp.nan))),
         *((lif(metadata=kept(thr_gain=x)), TypeError, "thr_gain") for x in ("1", None, 1j, np.timedelta64(1, "s"))),
@@ -232,8 +233,19 @@ def test_bad_arguments():
         *(("node", TypeError, lambda x=x: from_nir(x, dt=DT)) for x in (None, params, "a.nir")),
     ]
     for error, values in {
-        TypeError: (None, "1", 1j, True, object(), [[1.0], [2.0, 3.0]], np.timedelta64(1, "s"), 10**400),
-        ValueError: (0, -1.0, np.nan, np.inf, np.ones(2), jnp.ones(1), jnp.float32(-1), jnp.float32(jnp.nan)),
+        TypeError: (None, "1", 1j, True, object(), np.timedelta64(1, "s")),
+        ValueError: (
+            [[1.0], [2.0, 3.0]],
+            10**400,
+            0,
+            -1.0,
+            np.nan,
+            np.inf,
+            np.ones(2),
+            jnp.ones(1),
+            jnp.float32(-1),
+            jnp.float32(jnp.nan),
+        ),
     }.items():
         cases += [("dt", error, lambda x=x: to_nir(params, dt=x)) for x in values]
         cases += [("dt", error, lambda x=x: from_nir(lif(), dt=x)) for x in values]

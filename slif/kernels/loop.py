@@ -203,7 +203,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
     per_unit = {name: getattr(params, name) + zero for name in trained(params)}
     dt = tile.number(inputs.dt) + zero
     unread = dict.fromkeys(FIELDS if plan.masked else ("tols",), zero)  # what no gradient depends on
-    inverse = tile.number(inputs.inverse_tau)
+    inverse = tile.number(inputs.inverse_tau) + zero
 
     def params_of(per_unit):
         return params.replace(**per_unit | {"tau_m": TimeConstant(per_unit["tau_m"], inverse)})
