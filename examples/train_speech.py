@@ -131,11 +131,23 @@ def with_noise(key: Array, x: Any) -> Array:
     return x + NOISE * jax.random.normal(k1, x.shape) + OFFSET * jax.random.normal(k2, (rows, 1, channels))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "optimiser"))
+def make_optimiser(n_updates: int) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(LEARNING_RATE, n_updates)
+    return optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, weight_decay=WEIGHT_DECAY))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "n_updates"))
+def start(network: Network, n_updates: int, data: Utterances, key: Array) -> tuple[Any, Any]:
+    params = network.init(key, data.x[:1], data.n[:1])
+    return params, make_optimiser(n_updates).init(params)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "n_updates"))
 def run_epoch(
-    network: Network, optimiser: optax.GradientTransformation, params: Any, opt_state: Any, data: Utterances, key: Array
+    network: Network, n_updates: int, data: Utterances, params: Any, opt_state: Any, key: Array
 ) -> tuple[Any, Any, Array, Array]:
     """One pass over the training set in random batches, as one compiled scan; an incomplete last batch is left out."""
+    optimiser = make_optimiser(n_updates)
     order_key, noise_key = jax.random.split(key)
     size = min(BATCH_SIZE, len(data.y))
     batches = jax.random.permutation(order_key, len(data.y))[: len(data.y) // size * size].reshape(-1, size)
@@ -175,13 +187,12 @@ def train(args: argparse.Namespace, network: Network, data: Utterances, test: Ut
     """Trains the network and saves its weights after each epoch; returns the last ones, and figures by epoch."""
     data, test = jax.device_put((data, test))
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
-    params = jax.jit(network.init)(init_key, data.x[:1], data.n[:1])
-    rate = optax.cosine_decay_schedule(LEARNING_RATE, args.epochs * max(1, len(data.y) // BATCH_SIZE))
-    optimiser = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, weight_decay=WEIGHT_DECAY))
-    opt_state, history = optimiser.init(params), []
+    n_updates = args.epochs * max(1, len(data.y) // BATCH_SIZE)
+    params, opt_state = start(network, n_updates, data, init_key)
+    history = []
     with tqdm(jax.random.split(run_key, args.epochs), unit="epoch", dynamic_ncols=True) as progress:
         for key in progress:
-            params, opt_state, loss, learning = run_epoch(network, optimiser, params, opt_state, data, key)
+            params, opt_state, loss, learning = run_epoch(network, n_updates, data, params, opt_state, key)
             history.append(
                 Epoch(float(loss), float(learning), float((predict(network, params, test) == test.y).mean()))
             )
@@ -295,9 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     parser.probe(args.out)
-    network, start = Network(args.units, n_classes), time.perf_counter()
+    network, begun = Network(args.units, n_classes), time.perf_counter()
     params, history = train(args, network, data, test)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begun
     draw(args.out / "speech.png", network, params, test, history)
     print(f"weights.npz and speech.png are in {args.out}")
     print(f"test accuracy {history[-1].test:.2%}, {args.epochs} epochs in {seconds:.1f} s")
