@@ -66,7 +66,7 @@ INIT_PARAMS = [
     *real_cases("thr_jitter", shape=(N,), low=-0.1),
     *(init_case(TypeError, tau_m=x) for x in (decimal.Decimal(1), {1.0}, b"1", np.longdouble(1))),
     *(init_case(TypeError, tau_m=x) for x in ([None] * N, ["a"] * N, [True] * N, [[[[[[[[[1.0]]]]]]]]])),
-    *(init_case(TypeError, tau_m=x) for x in (np.timedelta64(1), np.datetime64(1, "s"), np.ma.masked)),
+    *(init_case(TypeError, tau_m=x) for x in (np.timedelta64(1, "s"), np.datetime64(1, "s"), np.ma.masked)),
     pytest.param(lambda *_: init(tau_m=Untold()), "tau_m", TypeError, id="init_params-tau_m-untold"),
     pytest.param(lambda *_: init(tau_m=iter([1.0])), "tau_m", TypeError, id="init_params-tau_m-iterator"),
     *(init_case(ValueError, tau_m=x) for x in ([[1.0], [1.0, 2.0]], 10**39, [10**400] * N, 2e-39, 1e-320)),

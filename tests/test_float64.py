@@ -31,14 +31,12 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS_OF_THE_ORACLE)
-def test_simulate(mechanism, implementation):
+def test_simulate(mechanism):
     params = make_params(mechanism, dtype=np.float64)
     cell, currents, dt, t0 = cell_of(params), make_currents().astype(np.float64), 0.3, 1.7
     expected = oracle.run(cell, currents, dt, t0)
     assert 0.02 < expected["s"].mean() < 0.98
-    state, out = slif.simulate(
-        params, slif.init_state(params, BATCH), currents, dt=dt, t0=t0, record=FIELDS, implementation=implementation
-    )
+    state, out = slif.simulate(params, slif.init_state(params, BATCH), currents, dt=dt, t0=t0, record=FIELDS)
     assert_close(out, expected)
     assert_close(vars(state), {name: expected[name][-1] for name in FIELDS})
 
@@ -56,7 +54,7 @@ def test_step_and_reset(mechanism):
         assert_close(vars(state), {name: expected[name][k] for name in FIELDS})
 
 
-def test_random_parameters(implementation):
+def test_random_parameters():
     """Every number at random, per unit where it may be; one structure, so that one compilation serves all."""
     rng = np.random.default_rng(0)
     highest = {"thr_gain": 0.1, "thr_leak": 0.02, "resist_inh": 1.0, "refract_time": 3.0}
@@ -66,7 +64,5 @@ def test_random_parameters(implementation):
         numbers |= {"thr": rng.uniform(0.1, 0.6, N_UNITS), "rho_b": rng.uniform(-0.02, 0.02, ())}
         params = make_params(**numbers, sticky_spikes=True, dtype=np.float64)
         currents, dt = make_currents(seed=rng.integers(2**31)).astype(np.float64), rng.uniform(0.1, 3)
-        _, out = slif.simulate(
-            params, slif.init_state(params, BATCH), currents, dt=dt, record=FIELDS, implementation=implementation
-        )
+        _, out = slif.simulate(params, slif.init_state(params, BATCH), currents, dt=dt, record=FIELDS)
         assert_close(out, oracle.run(cell_of(params), currents, dt))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import FIELDS, assert_agree
+from conftest import FIELDS, assert_agree, assert_same
 
 import slif
 from slif.kernels import OLDEST_JAX
@@ -46,12 +46,12 @@ def test_there_are_traces():
 
 def test_the_same_key_gives_the_same_thresholds_and_inhibition(golden):
     config, params, trace = golden
-    np.testing.assert_array_equal(params.thr, trace["threshold0"][0])
+    assert_same(params.thr, trace["threshold0"][0])
     if params.inh_weights is not None:
-        np.testing.assert_array_equal(params.inh_weights, trace["inh_weights"])
+        assert_same(params.inh_weights, trace["inh_weights"])
     with_inhibition = arguments(config) | {"resist_inh": jnp.float32(0)}
     drawn = slif.init_params(jax.random.PRNGKey(config["seed"]), config["n_units"], **with_inhibition)
-    np.testing.assert_array_equal(drawn.inh_weights, trace["inh_weights"])
+    assert_same(drawn.inh_weights, trace["inh_weights"])
     np.testing.assert_array_equal(drawn.thr, params.thr)
 
 

@@ -297,7 +297,7 @@ def test_subthreshold_cell_checks_numerically():
 
     def final_v(tau_m, resist_m, v, currents):
         new = params.replace(tau_m=tau_m, resist_m=resist_m)
-        return slif.simulate(new, state.replace(v=v), currents, dt=DT)[0].v
+        return slif.simulate(new, state.replace(v=v), currents, dt=DT, implementation="xla")[0].v
 
     inputs = (params.tau_m, params.resist_m, state.v, currents)
     assert not by_simulate(params, state, currents, ("s",))["s"].any()
@@ -360,7 +360,9 @@ def compile_pull(mechanism, n_steps, raster=True, checkpoint_every=None):
     params = make_params(mechanism, n_units=64)
 
     def both(params, state, currents, bar):
-        run = functools.partial(by_simulate, params, state, names=("s",), checkpoint_every=checkpoint_every)
+        run = functools.partial(
+            by_simulate, params, state, names=("s",), checkpoint_every=checkpoint_every, implementation="xla"
+        )
         out, transpose = jax.vjp(run, currents)
         gradient = transpose({"s": bar})
         return (out, gradient) if raster else gradient

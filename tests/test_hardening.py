@@ -1,6 +1,7 @@
 """Whatever comes in, of any shape, dtype and value: what comes out is right, or the error is clear."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -337,7 +338,8 @@ def test_arrays_from_the_device_in_a_list_stay_there():
     tau_m = [jnp.float32(9), 20.0]
     with jax.transfer_guard_device_to_host("disallow"):
         _, out = slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": tau_m}, dt=DT, record=("v",))
-        jax.jit(lambda x: slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": [x, 20.0]}, dt=DT))(tau_m[0])
+        run = functools.partial(slif.sweep, currents=np.full((9, 2), 7), dt=DT)
+        jax.jit(lambda cell, x: run(cell, over={"tau_m": [x, 20.0]}))(CELL, tau_m[0])
     assert_same(out["v"], slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": [9, 20]}, dt=DT, record=("v",))[1]["v"])
     with pytest.raises(ValueError, match=r"^tau_m: expected values of one shape, got shapes"):
         slif.sweep(CELL, np.full((9, 2), 7), over={"tau_m": [jnp.ones(2), 20.0]}, dt=DT)

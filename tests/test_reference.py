@@ -94,7 +94,7 @@ class Reference:
 
 
 @pytest.mark.filterwarnings("ignore:thr_jitter:UserWarning")  # now and then drawn as large as thr
-def test_spikes_are_those_of_the_reference(configuration, implementation):
+def test_spikes_are_those_of_the_reference(configuration):
     rng = np.random.default_rng([2017, configuration])
     arguments, run, currents = draw(rng)
     dt, batch_size, n_units, seed = (run[name] for name in ("dt", "batch_size", "n_units", "seed"))
@@ -111,7 +111,7 @@ def test_spikes_are_those_of_the_reference(configuration, implementation):
         # The clock starts again as well, with times as `simulate` has them.
         times = np.arange(half, dtype=np.float32) * np.float32(dt)
         expected = reference.run(window, times, dt)
-        state, out = slif.simulate(params, state, window, dt=dt, record=FIELDS, implementation=implementation)
+        state, out = slif.simulate(params, state, window, dt=dt, record=FIELDS)
         assert expected["s"].any()
         assert_agree(out, expected)
         reference.reset()

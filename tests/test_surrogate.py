@@ -215,22 +215,3 @@ def test_a_number_of_a_slope_can_be_swept():
     x = jnp.linspace(-1, 1, 5)
     swept = jax.vmap(lambda alpha: slif.arctan(alpha)(x))(jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(swept, [slif.arctan(1.0)(x), slif.arctan(2.0)(x)], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: slif.arctan(0.0), ValueError, "alpha"),
-        (lambda: slif.gaussian(-1.0), ValueError, "width"),
-        (lambda: slif.fast_sigmoid(np.inf), ValueError, "slope"),
-        (lambda: slif.secant(c2=np.nan), ValueError, "c2"),
-        (lambda: slif.secant(c1="0.8"), TypeError, "c1"),
-        (lambda: slif.secant(squared=1), TypeError, "squared"),
-        (lambda: slif.boxcar(detach_reset=None), TypeError, "detach_reset"),
-        (lambda: slif.custom(3.0), TypeError, "fn"),
-        (lambda: slif.custom(rectifier, wrt="spike"), ValueError, "wrt"),
-    ],
-)
-def test_mistakes_name_the_argument(make, error, message):
-    with pytest.raises(error, match=message):
-        make()

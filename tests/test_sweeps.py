@@ -186,7 +186,9 @@ def test_shared_arrays_are_not_copied():
     taus = jax.ShapeDtypeStruct((n_points,), jnp.float32)
 
     def run(taus, currents):
-        return slif.sweep(params, currents, over={"tau_m": taus}, dt=DT, record=("spike_count",))[1]
+        return slif.sweep(params, currents, over={"tau_m": taus}, dt=DT, record=("spike_count",), implementation="xla")[
+            1
+        ]
 
     memory = jax.jit(run).lower(taus, currents).compile().memory_analysis()
     assert memory.temp_size_in_bytes < n_points * 200 * 100

@@ -19,7 +19,7 @@ def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
     """What the kernel gives; in place of the states that it keeps, the first one, from which they follow."""
     (inputs,) = match_varying_axes(args)
     n_steps, *shape = inputs.currents.shape
-    zeros = 0 * inputs.dt + jnp.zeros(shape)  # which differs between devices where the others do
+    zeros = 0 * inputs.dt + jnp.zeros(shape, inputs.dt.dtype)  # which differs between devices where the others do
     request = plan.request.replace(
         dt=inputs.dt.reshape(()),
         t0=inputs.t0.reshape(()),
@@ -46,7 +46,7 @@ def reverse(plan: Plan, args: tuple[Inputs, Cotangents]) -> dict[str, Any]:
     """The derivative of `forward`, which runs once more for it."""
     inputs, cotangents = match_varying_axes(args)
     shape = inputs.currents.shape[1:]
-    zeros = 0 * inputs.dt + jnp.zeros(shape)
+    zeros = 0 * inputs.dt + jnp.zeros(shape, inputs.dt.dtype)
     first = dict.fromkeys(plan.carried, zeros) | {name: x[0] for name, x in inputs.state.items()}
     # One number a unit, as the kernel has it: their cotangents are summed outside.
     per_unit = {name: jnp.broadcast_to(getattr(inputs.params, name), shape) for name in trained(inputs.params)}

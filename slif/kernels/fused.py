@@ -15,6 +15,7 @@ from slif.kernels import fallback, interpret, loop, mosaic_gpu
 from slif.kernels.partition import partition, units_shape
 from slif.raster import pack_spikes
 from slif.request import SUMMARIES, Request
+from slif.rounding import reciprocal
 from slif.types import FIELDS, SLIFParams, SLIFState
 
 
@@ -45,6 +46,7 @@ def run(
         valid_bits=None if request.valid is None else jnp.packbits(request.valid, axis=0, bitorder="little"),
         dt=request.dt.reshape(ones),
         t0=request.t0.reshape(ones),
+        inverse_tau=lax.stop_gradient(reciprocal(params.tau_m)).reshape(ones[params.tau_m.ndim :] + params.tau_m.shape),
     )
     outs: dict[str, Any] = (_differentiable if params.surrogate.wrt == "voltage" else _forward)(plan, by_name, inputs)
     final = dict(outs["final"])

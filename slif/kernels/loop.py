@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from slif._attach import attach
 from slif._mesh import varying
 from slif.hyperparameters import ABOUT, NUMERIC
 from slif.kernels.inline import inline_jaxpr
@@ -65,6 +67,16 @@ class Plan:
         return (self.n_steps - 1) // BLOCK
 
 
+class TimeConstant(struct.PyTreeNode):
+    """tau_m, whose reciprocal is known: a kernel's own would be an approximation."""
+
+    tau_m: Array
+    inverse: Array
+
+    def __rtruediv__(self, one: Any) -> Array:
+        return attach(self.inverse, self.tau_m, -self.inverse * self.inverse)
+
+
 class Inputs(NamedTuple):
     """What both loops read; a number for all units has a last axis of 1."""
 
@@ -74,6 +86,7 @@ class Inputs(NamedTuple):
     valid_bits: Array | None  # [ceil(T / K), M] bit k: whether the row is valid at step k of the block
     dt: Array  # [M]
     t0: Array  # [M]
+    inverse_tau: Array  # 1 / tau_m, [M]
 
 
 def trained(params: SLIFParams) -> tuple[str, ...]:
@@ -121,6 +134,7 @@ def step_of_fields(
 def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> None:
     """Runs all T steps of a tile."""
     params = jax.tree.map(tile.number, inputs.params)
+    params = params.replace(tau_m=TimeConstant(params.tau_m, tile.number(inputs.inverse_tau)))
     dt, t0 = tile.number(inputs.dt), tile.number(inputs.t0)
     request = plan.request.replace(dt=dt, t0=t0)
 
@@ -189,15 +203,19 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
     per_unit = {name: getattr(params, name) + zero for name in trained(params)}
     dt = tile.number(inputs.dt) + zero
     unread = dict.fromkeys(FIELDS if plan.masked else ("tols",), zero)  # what no gradient depends on
+    inverse = tile.number(inputs.inverse_tau)
+
+    def params_of(per_unit):
+        return params.replace(**per_unit | {"tau_m": TimeConstant(per_unit["tau_m"], inverse)})
 
     def advance(per_unit, fields, j, dt, valid):
-        new, _ = step_of_fields(params.replace(**per_unit), unread | fields, j, dt, dt, valid)
+        new, _ = step_of_fields(params_of(per_unit), unread | fields, j, dt, dt, valid)
         return {name: getattr(new, name) for name in KEPT}
 
     def pull(per_unit, fields, j, dt, valid, bar):
         def outputs(per_unit, differentiated, j, dt):
             before = unread | fields | differentiated
-            new, shown = step_of_fields(params.replace(**per_unit), before, j, dt, dt, valid)
+            new, shown = step_of_fields(params_of(per_unit), before, j, dt, dt, valid)
             return {name: getattr(new, name) for name in bar[0]}, {name: shown[name] for name in bar[1]}
 
         differentiated = {name: (unread | fields)[name] for name in plan.differentiated}

@@ -1,4 +1,4 @@
-"""`lax.scan` that keeps the carry of every so many steps only for the backward pass."""
+"""`lax.scan` in turns of several steps, which keeps the carry of every so many steps only for the backward pass."""
 
 import functools
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from jax import lax
 def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1) -> tuple[Any, Any]:
     length = jax.tree.leaves(xs)[0].shape[0]
     if every is None or every >= length:
-        return lax.scan(body, carry, xs, unroll=unroll)
+        return lax.scan(body, carry, xs, unroll=_turn(length, unroll))
     # A ragged last block copies the sequences to take them apart, which costs more memory than it saves: at T = 1000
     # 25 steps a block take a sixth of the memory, 32 with a tail of 8 twice as much.
     every = next((k for k in range(every, every // 2, -1) if length % k == 0), every)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(carry, xs):
-        return lax.scan(body, carry, xs, unroll=unroll)
+        return lax.scan(body, carry, xs, unroll=_turn(jax.tree.leaves(xs)[0].shape[0], unroll))
 
     whole = length - length % every
     blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, every, *x.shape[1:]), xs)
@@ -29,3 +29,14 @@ def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1
         carry, tail = block(carry, jax.tree.map(lambda x: x[whole:], xs))
         ys = jax.tree.map(lambda y, z: jnp.concatenate([y, z]), ys, tail)
     return carry, ys
+
+
+def _turn(length: Any, unroll: int) -> int:
+    """Steps of a turn, `unroll` at most; more than half as many where that divides the length.
+
+    For steps that are left over the sequences are copied: for TPUs 199.6 MB at [100, 250, 1000] in turns of 8, 0.26 MB
+    in turns of 4. Of a length that `jax.export` only names JAX makes turns of one step.
+    """
+    if not isinstance(length, int):
+        return 1
+    return next((k for k in range(unroll, unroll // 2, -1) if length % k == 0), unroll)

@@ -10,5 +10,5 @@ from slif.types import SLIFParams, SLIFState
 def run(params: SLIFParams, state: SLIFState, currents: Array, request: Request) -> tuple[SLIFState, dict[str, Array]]:
     """What `plain.run` gives."""
     # XLA launches 3 kernels a turn forwards and 9 in training; eight steps a turn take 3 and 11. Sixteen gain little
-    # more, and 32 compile three times longer. Of a length that `jax.export` only names JAX makes no turns of eight.
-    return plain.run(params, state, currents, request, unroll=8 if isinstance(currents.shape[0], int) else 1)
+    # more, and 32 compile three times longer.
+    return plain.run(params, state, currents, request, unroll=8)
