@@ -32,7 +32,7 @@ import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
-from digits import N_CLASSES, Digits, check_weights, load
+from digits import N_CLASSES, Digits, load
 from jax import Array, lax
 from jax.typing import ArrayLike
 from tqdm import tqdm
@@ -264,7 +264,7 @@ def load_weights(path: Path, n_inputs: int) -> Weights:
     arrays = cli.read_npz(path, Weights._fields)
     n_hidden = arrays["b1"].size
     expected = jax.eval_shape(lambda: init_weights(jax.random.key(0), n_inputs, n_hidden))
-    check_weights(path, arrays, expected._asdict(), n_inputs)
+    cli.check_weights(path, arrays, expected._asdict(), f"images of {n_inputs} pixels")
     leaves: dict[str, Any] = arrays
     return Weights(**leaves)
 

@@ -1,4 +1,4 @@
-"""What the scripts share: numbers and folders on the command line, files that are whole, and how Ctrl-C ends them."""
+"""What the scripts share: the command line, files that are whole, and how Ctrl-C or a missing package ends them."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn
@@ -78,11 +78,25 @@ def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: not an .npz with {', '.join(keys)}: {error}") from error
 
 
+def check_weights(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any], network: str) -> None:
+    """ValueError where an array has not the shape and the dtype of its like, which are those for such a network."""
+    for name, leaf in like.items():
+        array = arrays[name]
+        if array.shape != leaf.shape or array.dtype != leaf.dtype:
+            raise ValueError(
+                f"{path}: expected {name} {leaf.dtype}{list(leaf.shape)} for {network}, "
+                f"got {array.dtype}{list(array.shape)}"
+            )
+
+
 def _end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    name = Path(sys.argv[0]).name
+    if issubclass(kind, ModuleNotFoundError):
+        return print(f'{name}: error: {error}; pip install ".[examples,speech]" brings it', file=sys.stderr)
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, traceback)
     sys.stdout.flush()
-    print(f"{Path(sys.argv[0]).name}: interrupted; the files written so far are kept", file=sys.stderr, flush=True)
+    print(f"{name}: interrupted; the files written so far are kept", file=sys.stderr, flush=True)
     os._exit(130)  # the usual way out would wait for the other processes of a sweep
 
 

@@ -1,10 +1,9 @@
-"""Handwritten digits for the examples, and weights of networks that see them."""
+"""Handwritten digits for the examples."""
 
 import gzip
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cli
 import numpy as np
@@ -97,14 +96,3 @@ def _checked(path: Path, name: str, x: np.ndarray, y: np.ndarray) -> tuple[np.nd
     if not (y.min() >= 0 and y.max() < N_CLASSES):
         raise ValueError(f"{path}: expected {name} classes 0 .. {N_CLASSES - 1}, got {y.min()} .. {y.max()}")
     return x.reshape(len(x), -1).astype(np.float32) / np.float32(top), y.astype(np.int32)
-
-
-def check_weights(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any], n_inputs: int) -> None:
-    """ValueError where an array has not the shape and the dtype of its like."""
-    for name, leaf in like.items():
-        array = arrays[name]
-        if array.shape != leaf.shape or array.dtype != leaf.dtype:
-            raise ValueError(
-                f"{path}: expected {name} {leaf.dtype}{list(leaf.shape)} for images of {n_inputs} pixels, "
-                f"got {array.dtype}{list(array.shape)}"
-            )

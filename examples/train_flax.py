@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import N_CLASSES, Digits, check_weights, load
+from digits import N_CLASSES, Digits, load
 from flax import linen as nn
 from flax import nnx
 from jax import Array
@@ -104,7 +104,7 @@ def load_model(args: argparse.Namespace, n_inputs: int) -> tuple[Any, Apply]:
     arrays = cli.read_npz(args.eval, WEIGHTS)
     params, apply = make_model(args, n_inputs, max(arrays["bias1"].size, 1))
     leaves, structure = jax.tree.flatten(params)
-    check_weights(args.eval, arrays, dict(zip(WEIGHTS, leaves, strict=True)), n_inputs)
+    cli.check_weights(args.eval, arrays, dict(zip(WEIGHTS, leaves, strict=True)), f"images of {n_inputs} pixels")
     return jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in WEIGHTS]), apply
 
 
