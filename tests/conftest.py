@@ -114,6 +114,28 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--errors"):
         config.pluginmanager.register(errors.Errors())
+    keep_programs(config)
+
+
+def keep_programs(config):
+    """What XLA compiles stays in pytest's cache, for the other workers and for the next run; the count counts it still.
+
+    Not where the user has a folder of their own, nor where no file can be made.
+    """
+    if not hasattr(config, "cache") or jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder = config.cache.mkdir("xla")
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        # Of an entry that another worker is writing, or was when it was killed; such a program is compiled.
+        config.addinivalue_line(
+            "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
+        )
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

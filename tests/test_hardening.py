@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import DT, FIELDS, MECHANISMS, RECORDS, assert_same, enable_x64, make_params
+from conftest import DT, FIELDS, MECHANISMS, RECORDS, assert_agree, assert_same, enable_x64, make_params
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ import slif.nnx
 from slif import checkpoint
 
 # Each new shape, dtype or mechanism is a new compilation, which is what takes the time.
-compiling = settings(max_examples=30, derandomize=True, deadline=None, database=None)
+compiling = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 many = settings(max_examples=200, derandomize=True, deadline=None, database=None)
 
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, 1e-38, 3e38, -3e38, 1e20, 1.0, 6.0, -2.5]
@@ -95,7 +95,7 @@ def test_simulate_is_the_oracle_on_anything(currents, mechanism, x64, params_dty
     with enable_x64() if x64 else contextlib.nullcontext():
         params = make_params(mechanism, n_units=currents.shape[-1], dtype=params_dtype)
         state = slif.init_state(params, currents.shape[1:-1])
-        final, out = slif.simulate(params, state, currents, dt=DT, record=RECORDS)
+        final, out = jax.device_get(slif.simulate(params, state, currents, dt=DT, record=RECORDS))
         expected = expected_trace(params, currents, DT)
         wide = params.thr.dtype == np.float64
         for name in FIELDS:
@@ -106,26 +106,28 @@ def test_simulate_is_the_oracle_on_anything(currents, mechanism, x64, params_dty
         np.testing.assert_array_equal(out["s"], expected["s"])
         np.testing.assert_array_equal(out["spike_count"], expected["s"].sum(0))
         np.testing.assert_array_equal(slif.unpack_spikes(out["s_packed"], params.n_units), expected["s"] > 0)
-        by_steps = state
-        for k, j in enumerate(currents):
-            by_steps = slif.step(params, by_steps, j, k * DT, DT)
-        for name in FIELDS:
-            np.testing.assert_allclose(getattr(final, name), getattr(by_steps, name), rtol=1e-6, atol=1e-6)
+        last = {name: out[name][-1] for name in FIELDS} if len(currents) else jax.device_get(vars(state))
+        assert_agree(vars(final), last)
         rest = slif.reset(params, final)
         if not params.thr_persist:
             assert_same(rest, state)
 
 
-@compiling
-@given(
-    batch=batch_shapes,
-    n_steps=st.sampled_from([0, 1, 6]),
-    n_units=st.sampled_from([1, 3]),
-    mechanism=st.sampled_from([*MECHANISMS]),
-    finite=st.booleans(),
+@pytest.mark.parametrize(
+    ("mechanism", "batch", "n_steps", "finite"),
+    [
+        *((name, (3,), 6, True) for name in MECHANISMS),
+        ("everything", (), 1, True),
+        ("everything", (2, 0), 6, False),
+        ("voltage", (3,), 0, False),
+        ("everything", (3,), 6, False),
+        ("sparsity", (), 1, False),
+        ("voltage", (3,), 6, False),
+    ],
 )
-def test_debug_nans(batch, n_steps, n_units, mechanism, finite):
+def test_debug_nans(mechanism, batch, n_steps, finite):
     """No NaN arises on the way, forwards or backwards, unless a current brings it; then JAX says so."""
+    n_units = 3
     params = make_params(mechanism, n_units=n_units)
     currents = np.random.default_rng(0).uniform(-5, 9, (n_steps, *batch, n_units)).astype(np.float32)
     if not finite:
@@ -208,7 +210,7 @@ def test_slopes_are_numbers_wherever_the_voltage_is(x, number):
 @compiling
 @given(
     batch=batch_shapes,
-    n_units=st.integers(1, 20),
+    n_units=st.sampled_from([1, 7, 8, 20]),
     dtype=st.sampled_from(["bool", "float32", "uint8", "bfloat16"]),
     layout=layouts,
 )
@@ -219,17 +221,18 @@ def test_packing_of_any_shape(batch, n_units, dtype, layout):
     np.testing.assert_array_equal(slif.unpack_spikes(packed, n_units), raster)
 
 
-@settings(compiling, max_examples=20)
+@settings(compiling, max_examples=12)
 @given(
     batch=batch_shapes,
     n_steps=st.sampled_from([0, 1, 5]),
-    n_points=st.integers(1, 4),
+    n_points=st.sampled_from([1, 2]),
     batch_size=st.sampled_from([None, 1, 3, 10**9]),
 )
 def test_sweeps_of_any_shape(batch, n_steps, n_points, batch_size):
-    params, currents = make_params("everything", n_units=2), np.full((n_steps, *batch, 2), 7, np.float16)
+    params, currents = make_params("sticky", n_units=2), np.full((n_steps, *batch, 2), 7, np.float16)
+    record = ("s", "v", "s_packed", "first_spike_time")
     over = slif.grid(tau_m=np.linspace(5, 20, n_points), dt=[0.25, 1])
-    state, out = slif.sweep(params, currents, over=over, batch_size=batch_size, record=RECORDS)
+    state, out = jax.device_get(slif.sweep(params, currents, over=over, batch_size=batch_size, record=record))
     assert len(over["dt"]) == 2 * n_points
     for k in range(2 * n_points):
         alone = slif.simulate(
@@ -237,7 +240,7 @@ def test_sweeps_of_any_shape(batch, n_steps, n_points, batch_size):
             slif.init_state(params, batch),
             currents,
             dt=over["dt"][k],
-            record=RECORDS,
+            record=record,
         )
         jax.tree.map(lambda a, b, k=k: np.testing.assert_allclose(a[k], b, rtol=1e-6, atol=1e-6), (state, out), alone)
 
@@ -245,9 +248,9 @@ def test_sweeps_of_any_shape(batch, n_steps, n_points, batch_size):
 @compiling
 @given(
     batch=batch_shapes,
-    n_units=st.integers(1, 9),
+    n_units=st.sampled_from([1, 9]),
     mechanism=st.sampled_from([*MECHANISMS]),
-    dtype=st.sampled_from(["float32", "bfloat16", "float16", float]),
+    dtype=st.sampled_from(["float32", "bfloat16", float]),
     special=st.sampled_from([np.nan, np.inf, -np.inf, -0.0, 1.5]),
     x64=st.booleans(),
 )
@@ -256,7 +259,7 @@ def test_checkpoints_of_any_shape(tmp_path_factory, batch, n_units, mechanism, d
     with enable_x64() if x64 else contextlib.nullcontext():
         params = make_params(mechanism, n_units=n_units, dtype=dtype)
         state = slif.init_state(params, batch)
-        state = state.replace(v=jnp.full_like(state.v, special))
+        state = state.replace(v=jnp.asarray(np.full(state.v.shape, special, state.v.dtype)))
         checkpoint.save(path, params, state)
         loaded = checkpoint.load(path)
         assert jax.tree.structure(loaded) == jax.tree.structure((params, state))

@@ -64,12 +64,10 @@ def assert_plain(loop, arguments, **options):
     ("loop", "mechanism", "valid"),
     [
         *(("cpu", name, valid) for name, valid in zip(MECHANISMS, 4 * ("all", "gaps", "padded"), strict=False)),
-        ("cpu", "everything", "all"),
-        ("cpu, constant", "plain", "all"),
-        ("cpu, constant", "refractory", "gaps"),
+        ("cpu, constant", "plain", "gaps"),
         ("cpu, constant", "sticky", "all"),
         ("cpu, constant", "leak", "padded"),
-        ("gpu", "everything", "gaps"),
+        ("gpu", "sparse_everything", "gaps"),
         ("gpu", "voltage", "all"),
     ],
 )
@@ -98,7 +96,7 @@ def test_a_record_alone(loop, record):
 @pytest.mark.parametrize(
     ("loop", "mechanism", "dtype"),
     [
-        ("cpu", "everything", "bfloat16"),
+        ("cpu", "gain", "bfloat16"),
         ("cpu", "everything", "float64"),
         ("cpu, constant", "sticky", "float64"),
         ("gpu", "plain", "bfloat16"),
@@ -114,10 +112,10 @@ def test_dtypes(loop, mechanism, dtype):
 
 
 GRADIENTS = [
-    ("cpu", "everything", slif.secant(), "gaps"),
+    ("cpu", "inhibition", slif.secant(), "gaps"),
     ("cpu", "sparse_everything", slif.arctan(), "all"),
     ("cpu", "everything", slif.arctan(detach_reset=False), "gaps"),
-    ("gpu", "gain", slif.arctan(), "padded"),
+    ("gpu", "leak", slif.arctan(), "padded"),
 ]
 
 
