@@ -43,7 +43,7 @@ def test_the_named_tests_are_there(file):
 
 def test_the_named_files_are_there():
     named = set(paths())
-    assert {".ci/run", ".ci/gpu", "benchmarks/bench_simulate.py"} <= named
+    assert {".ci/run", "compile_for_gpus/run", "benchmarks/bench_simulate.py"} <= named
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
     links = re.findall(r"\]\(([^)#]+)\)", EVIDENCE)
     assert [link for link in links if not (ROOT / "tests" / link).exists()] == []

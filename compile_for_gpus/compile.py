@@ -1,11 +1,11 @@
 """Compiles every kernel for GPUs that are not there.
 
-    JAX_PLATFORMS=cpu python .ci/aot.py a100|l4|h100|b200|rtx5090|t4 [--only TEXT]
+    JAX_PLATFORMS=cpu python compile_for_gpus/compile.py a100|l4|h100|b200|rtx5090|t4 [--only TEXT]
 
-It needs the CUDA wheels of the same version as jax, and no driver; `.ci/gpu` installs them and calls this for each
-card, one process a card, since the compiler keeps the first card's limits. Prints a line a program: registers a thread
-(none where the kernel is that of a line before), bytes spilt, temporary memory a device. Fails on a spilt register, on
-talk between devices, and where a device of many takes more memory than its share.
+It needs the CUDA wheels of the same version as jax, and no driver; `compile_for_gpus/run` installs them and calls this
+for each card, one process a card, since the compiler keeps the first card's limits. Prints a line a program: registers
+a thread (none where the kernel is that of a line before), bytes spilt, temporary memory a device. Fails on a spilt
+register, on talk between devices, and where a device of many takes more memory than its share.
 """
 
 import argparse
