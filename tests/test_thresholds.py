@@ -60,7 +60,7 @@ def test_an_adaptation_of_nothing_leaves_the_state_its_thresholds():
     assert_same(slif.simulate(params, state, currents, dt=DT), slif.simulate(plain, state, currents, dt=DT))
 
 
-def test_learned_thresholds_have_a_gradient_whereever_the_state_was_made():
+def test_learned_thresholds_have_a_gradient_wherever_the_state_was_made():
     params, currents = make_params("refractory", surrogate=slif.arctan(), thr_jitter=0.0), make_currents()
     rest = slif.init_state(params, BATCH)
 
