@@ -15,7 +15,7 @@ EVIDENCE = (ROOT / "tests/README.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::([\w:]+)`", EVIDENCE)))
 QUOTED = re.findall(r"`([^`\n]+)`", EVIDENCE) + re.findall(r"^```bash\n(.*?)^```", EVIDENCE, re.MULTILINE | re.DOTALL)
 # A word with one of these in front of a slash is a path of the repository, one that ends in .py or .md anywhere.
-FOLDERS = ("tests", "slif", "benchmarks", "examples", "docs", ".ci", ".github")
+FOLDERS = ("tests", "slif", "benchmarks", "examples", "docs", ".ci", ".github", "compile_for_gpus")
 
 
 def defined(body):
