@@ -204,7 +204,8 @@ def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
         cell: an ngc-learn `SLIFCell`.
 
     Returns:
-        The parameters, with the mechanisms that the cell uses, and the state [B, N]. Leaves are float32.
+        The parameters, with the mechanisms that the cell uses, and the state [B, N]. Leaves are float32. `thr_gain` is
+        an array of 0 where nothing adapts the thresholds and they are not the base ones, so that they count.
 
     Raises:
         TypeError: `cell` is not one.
