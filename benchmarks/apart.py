@@ -89,9 +89,9 @@ def give_back() -> None:
 
 
 def peak(run: Callable, given: tuple) -> int | None:
-    give_back()
     seconds(run, given)
     time.sleep(0.2)  # until what it freed is gone
+    give_back()
     try:
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the highest is from now on

@@ -13,7 +13,8 @@ Forward + backward also gives the gradient of every matrix, and of a recurrent l
 where the output is spikes. Without recurrence each entry takes the products of all steps at once and then runs its
 cells over time; what the cells are is told in peers.py. "slif" trains with `arctan()`, as the others do, "slif secant"
 with its default, "slif, masks" on sequences of different lengths. "slif.step in a scan" and "plain scan" are loops that
-a user may write. "products alone" is the network without cells, the floor for any package on that side.
+a user may write. "products alone" is the network without cells, the floor for any package on that side. The networks
+with recurrence leave out sparx.
 
 Every entry has a process of its own. They run in turn, repeat after repeat, and the median is told. "MB" is by how much
 the resident set of the process grew at most during a run, its results included and its inputs not; "-" where the system
@@ -79,7 +80,8 @@ def entries(shape: Shape, names: list[str]) -> list[str]:
     if shape.kind == "layers":
         floors = [name for name, side in FLOORS.items() if side == "jax" or set(names) & set(peers.TORCH)]
         return [*SURROGATES, *names, *floors]
-    return [*SURROGATES, *(MASKED if shape.kind == "speech" else ()), *LOOPS, *names]
+    recurrent = [name for name in names if name in (*peers.JAX_RECURRENT, *peers.TORCH_RECURRENT)]
+    return [*SURROGATES, *(MASKED if shape.kind == "speech" else ()), *LOOPS, *recurrent]
 
 
 def make_input(shape: Shape) -> np.ndarray:
@@ -101,7 +103,7 @@ def make_matrices(shape: Shape) -> list[np.ndarray]:
 
 def make_bar(shape: Shape) -> np.ndarray:
     """A cotangent of the spikes, or of the loss."""
-    return np.float32(1) if shape.kind == "speech" else cases.make_bar((*shape[:2], shape.widths[-1]))
+    return np.ones((), np.float32) if shape.kind == "speech" else cases.make_bar((*shape[:2], shape.widths[-1]))
 
 
 def make_labels(shape: Shape) -> np.ndarray:
@@ -208,7 +210,7 @@ def jax_integrator(name: str, valid: np.ndarray | None, currents: jax.Array) -> 
     if name in peers.JAX:
         return peers.jax_integrator(name, currents)
     if name != "plain scan":
-        layer = slif.linen.LeakyIntegrator(currents.shape[-1], dt=cases.DT, tau_m=cases.TAU_M, resist_m=1.0)
+        layer: Any = slif.linen.LeakyIntegrator(currents.shape[-1], dt=cases.DT, tau_m=cases.TAU_M, resist_m=1.0)
         return layer.apply({}, currents, valid=valid)
 
     def body(v, j):
@@ -221,23 +223,22 @@ def jax_integrator(name: str, valid: np.ndarray | None, currents: jax.Array) -> 
 def torch_network(name: str, shape: Shape) -> Callable:
     torch = importlib.import_module("torch")
     x, bar = torch.from_numpy(make_input(shape)), torch.as_tensor(make_bar(shape))
-    matrices, hidden, recurrent = [torch.from_numpy(m) for m in make_matrices(shape)], None, None
-    if shape.kind != "layers":
-        hidden, recurrent = peers.TORCH_RECURRENT[name](matrices.pop(0))
+    matrices = [torch.from_numpy(m) for m in make_matrices(shape)]
+    hidden, recurrent = (None, None) if shape.kind == "layers" else peers.TORCH_RECURRENT[name](matrices.pop(0))
     x.requires_grad_(shape.kind == "recurrent")
     linears = [torch.nn.Linear(*m.shape, bias=False) for m in matrices]
     for linear, matrix in zip(linears, matrices, strict=True):
         linear.weight.data = matrix.T.contiguous()
-    if shape.kind == "layers":
+    if hidden is None:
         layers = [(lambda j: j) if name in FLOORS else peers.TORCH[name]() for _ in linears]
     else:
-        layers = [hidden, peers.torch_integrator(name)][: len(linears)]
+        layers = [hidden, peers.torch_integrator(name)]
     labels = torch.from_numpy(make_labels(shape))
     leaves = [*([] if recurrent is None else [recurrent]), *(linear.weight for linear in linears), x]
 
     def forward():
         if shape.kind == "recurrent":
-            return hidden(x)
+            return layers[0](x)
         s = x
         for linear, layer in zip(linears, layers, strict=True):
             s = layer(linear(s))

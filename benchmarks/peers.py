@@ -285,33 +285,22 @@ def jaxpike_recurrent(currents: Any, weights: Any) -> Any:
     return jaxpike.unroll(jaxpike.Graph({"cell": cell, "dense": dense}, edges, "cell"), currents, scan_unroll=1)[0]
 
 
-def sparx_recurrent(currents: Any, weights: Any) -> Any:
-    nn, surrogate = importlib.import_module("sparx.nn"), importlib.import_module("sparx.surrogate")
-    tau = -1 / math.log(1 - LEAK)
-    layer = nn.Recurrent(nn.LIF(tau, cases.THR, "zero", surrogate.ATan(), True))
-    return layer.apply({"params": {"recurrent": LEAK * weights}}, currents * LEAK)
-
-
 # Functions of the currents and the recurrent matrix [N, N], from row to column, which give the raster.
 JAX_RECURRENT: dict[str, Callable[[Any, Any], Any]] = {
     "spyx": spyx_recurrent,
     "jaxpike": jaxpike_recurrent,
-    "sparx": sparx_recurrent,
 }
 
 
 def jax_integrator(name: str, currents: Any) -> Any:
     """The potentials of a layer of leaky integrators."""
-    tau = -cases.DT / math.log(1 - LEAK)
     if name == "spyx":
         nnx, nn = importlib.import_module("flax.nnx"), importlib.import_module("spyx.nn")
         return nn.run(nn.LI(currents.shape[-1:], 1 - LEAK, rngs=nnx.Rngs(0)), currents * LEAK)[0]
-    if name == "jaxpike":
-        jaxpike = importlib.import_module("jaxpike")
-        with jax.ensure_compile_time_eval():
-            layer = jaxpike.LeakyIntegrator(tau, dt=cases.DT)
-        return jaxpike.unroll(layer, currents, scan_unroll=1)[0]
-    return importlib.import_module("sparx.nn").LI(tau).apply({}, currents * LEAK)
+    jaxpike = importlib.import_module("jaxpike")
+    with jax.ensure_compile_time_eval():
+        layer = jaxpike.LeakyIntegrator(-cases.DT / math.log(1 - LEAK), dt=cases.DT)
+    return jaxpike.unroll(layer, currents, scan_unroll=1)[0]
 
 
 def jax_forward(name: str, currents: np.ndarray, state_too: bool = True) -> Callable:
