@@ -36,7 +36,7 @@ class Apart:
     def peak(self, *arguments: Any) -> int | None:
         """Bytes by which the process grew at most during a second run, its result included; None but on Linux.
 
-        Asked of a process first, since it makes malloc give back all it can from then on, which takes time.
+        Asked of a process last, since it makes malloc give back all it can from then on, which takes time.
         """
         return self._ask(peak, arguments)
 
@@ -64,8 +64,6 @@ def serve(pipe: Connection, make: Callable, arguments: tuple) -> None:
         except EOFError:
             return
         try:
-            if run is None and how is peak:
-                give_back()
             run = run or make(*arguments)
             pipe.send((None, how(run, given)))
         except Exception:
@@ -84,14 +82,16 @@ def result(run: Callable, given: tuple) -> Any:
 
 def give_back() -> None:
     """Has malloc of glibc take arrays from the system and give them back, so that memory counts while it is in use."""
-    mallopt, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", None), -3
-    if mallopt is not None:
-        mallopt(mmap_threshold, 2**16)
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, 2**16)
+        libc.malloc_trim(0)
 
 
 def peak(run: Callable, given: tuple) -> int | None:
     seconds(run, given)
     time.sleep(0.2)  # until what it freed is gone
+    give_back()
     try:
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the highest is from now on

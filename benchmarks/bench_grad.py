@@ -36,20 +36,12 @@ def slif_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Ar
     return slif_run(params, state, currents)[0]
 
 
-@jax.custom_jvp
-def heaviside(x: jax.Array) -> jax.Array:
-    return (x > 0).astype(x.dtype)
-
-
-heaviside.defjvps(lambda dx, _, x: dx / (1 + (jnp.pi * x) ** 2))
-
-
 def textbook_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The obvious scan, differentiated by JAX, with the arc tangent of `slif.arctan` and a detached reset."""
 
     def body(v, j):
         u = v + (j * params.resist_m - v) / params.tau_m * cases.DT
-        z = heaviside(u - params.thr)
+        z = cases.heaviside(u - params.thr)
         return u * (1 - jax.lax.stop_gradient(z)), z
 
     v, raster = jax.lax.scan(body, state.v, currents)

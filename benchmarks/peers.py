@@ -9,6 +9,14 @@ gradient through the reset. What differs:
     snntorch, jaxpike  have a gradient through the reset
     sparx              spikes at the threshold too
 
+Recurrent layers, of bench_network.py, differ further:
+
+    spyx               feeds back, as it resets, a step after the spike
+    jaxpike            has a graph with a cycle, run step by step, and takes the product in its second node
+    snntorch           takes the product twice a step, to reset by what it gave
+    spikingjelly       multiplies the currents too, by a matrix in front of its layer, here the identity; so does norse
+    norse              reads its output through a synapse as well
+
 Those of JAX are timed under one jit. spyx, jaxpike and sparx each scan over time; jaxpike's default of 8 steps to a
 turn of the loop is for GPUs, and a CPU takes 2 to 4 times longer with it, so here it has one, as the others.
 """
@@ -106,6 +114,102 @@ def norse_raster() -> Callable:
 TORCH = {"snntorch": snntorch_raster, "spikingjelly": spikingjelly_raster, "norse": norse_raster}
 
 
+def snntorch_recurrent(weights: Any) -> tuple[Callable, Any]:
+    torch, snntorch = importlib.import_module("torch"), importlib.import_module("snntorch")
+    surrogate = importlib.import_module("snntorch.surrogate")
+    cell = snntorch.RLeaky(
+        beta=1 - LEAK,
+        linear_features=len(weights),
+        threshold=cases.THR,
+        spike_grad=surrogate.atan(),
+        reset_mechanism="zero",
+        reset_delay=False,
+    )
+    cell.recurrent.bias = None
+    cell.recurrent.weight.data = LEAK * weights.T
+
+    def run(currents):
+        (s, membrane), raster = cell.reset_mem(), []
+        for j in currents * LEAK:
+            s, membrane = cell(j, s, membrane)
+            raster.append(s)
+        return torch.stack(raster)
+
+    return run, cell.recurrent.weight
+
+
+def spikingjelly_recurrent(weights: Any) -> tuple[Callable, Any]:
+    torch, n_units = importlib.import_module("torch"), len(weights)
+    base = "spikingjelly.activation_based."
+    functional, layer, neuron, surrogate = (
+        importlib.import_module(base + name) for name in ("functional", "layer", "neuron", "surrogate")
+    )
+    node = neuron.LIFNode(
+        tau=cases.TAU_M / cases.DT, v_threshold=cases.THR, surrogate_function=surrogate.ATan(), detach_reset=True
+    )
+    container = layer.LinearRecurrentContainer(node, n_units, n_units, bias=False, step_mode="m")
+    container.rc.weight.data = torch.hstack([torch.eye(n_units), weights.T])
+
+    def run(currents):
+        functional.reset_net(container)
+        return container(currents)
+
+    return run, container.rc.weight
+
+
+def norse_recurrent(weights: Any) -> tuple[Callable, Any]:
+    torch, norse = importlib.import_module("torch"), importlib.import_module("norse.torch")
+    own = torch.nn.Parameter(0.2 * weights.T)
+    cell = norse.LIFRecurrentCell(
+        *(len(weights), len(weights)),
+        norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR)),
+        input_weights=torch.eye(len(weights)),
+        recurrent_weights=own,
+        autapses=True,
+    )
+
+    def run(currents):
+        state, raster = None, []
+        for j in currents * 0.2:
+            s, state = cell(j, state)
+            raster.append(s)
+        return torch.stack(raster)
+
+    return run, own
+
+
+# Functions of the recurrent matrix [N, N], from row to column, which give a function of the currents, and the parameter
+# [N, ..., N] whose last N columns are that matrix, transposed.
+TORCH_RECURRENT: dict[str, Callable[[Any], tuple[Callable, Any]]] = {
+    "snntorch": snntorch_recurrent,
+    "spikingjelly": spikingjelly_recurrent,
+    "norse": norse_recurrent,
+}
+
+
+def torch_integrator(name: str) -> Callable:
+    """A layer of leaky integrators: a function of currents that gives potentials."""
+    torch = importlib.import_module("torch")
+    if name == "spikingjelly":
+        neuron = importlib.import_module("spikingjelly.activation_based.neuron")
+        layer = neuron.NonSpikingLIFNode(cases.TAU_M / cases.DT)
+        return lambda currents: torch.stack(layer(currents))
+    if name == "norse":
+        norse = importlib.import_module("norse.torch")
+        layer = norse.LI(norse.LIParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M)))
+        return lambda currents: layer(currents * 0.2)[0]
+    cell = importlib.import_module("snntorch").Leaky(beta=1 - LEAK, reset_mechanism="none")
+
+    def run(currents):
+        v, potentials = cell.reset_mem(), []
+        for j in currents * LEAK:
+            v = cell(j, v)[1]
+            potentials.append(v)
+        return torch.stack(potentials)
+
+    return run
+
+
 def torch_forward(name: str, shape: tuple[int, ...]) -> Callable:
     """A call that gives the raster, without a gradient."""
     torch = importlib.import_module("torch")
@@ -161,6 +265,42 @@ def sparx_run(n_units: int) -> Callable:
 
 # Functions of the number of units, which give functions of the currents: the raster and the final state.
 JAX: dict[str, Callable[[int], Callable]] = {"spyx": spyx_run, "jaxpike": jaxpike_run, "sparx": sparx_run}
+
+
+def spyx_recurrent(currents: Any, weights: Any) -> Any:
+    nnx, nn, axn = map(importlib.import_module, ("flax.nnx", "spyx.nn", "spyx.axn"))
+    cell = nn.RLIF((len(weights),), 1 - LEAK, cases.THR, axn.arctan(1.0), rngs=nnx.Rngs(0))
+    cell.recurrent_w = nnx.Param(LEAK * weights)
+    return nn.run(cell, currents * LEAK)[0]
+
+
+def jaxpike_recurrent(currents: Any, weights: Any) -> Any:
+    jaxpike, eqx = importlib.import_module("jaxpike"), importlib.import_module("equinox")
+    tau = -cases.DT / math.log(1 - LEAK)
+    with jax.ensure_compile_time_eval():  # it looks at tau
+        cell = jaxpike.LIF(tau, threshold=cases.THR, dt=cases.DT, reset="zero", surrogate=jaxpike.ATan())
+    dense = jaxpike.Dense(len(weights), len(weights), key=jax.random.key(0), use_bias=False)
+    dense = eqx.tree_at(lambda dense: dense.weight, dense, weights.T)
+    edges = [("input", "cell"), ("cell", "dense"), ("dense", "cell")]
+    return jaxpike.unroll(jaxpike.Graph({"cell": cell, "dense": dense}, edges, "cell"), currents, scan_unroll=1)[0]
+
+
+# Functions of the currents and the recurrent matrix [N, N], from row to column, which give the raster.
+JAX_RECURRENT: dict[str, Callable[[Any, Any], Any]] = {
+    "spyx": spyx_recurrent,
+    "jaxpike": jaxpike_recurrent,
+}
+
+
+def jax_integrator(name: str, currents: Any) -> Any:
+    """The potentials of a layer of leaky integrators."""
+    if name == "spyx":
+        nnx, nn = importlib.import_module("flax.nnx"), importlib.import_module("spyx.nn")
+        return nn.run(nn.LI(currents.shape[-1:], 1 - LEAK, rngs=nnx.Rngs(0)), currents * LEAK)[0]
+    jaxpike = importlib.import_module("jaxpike")
+    with jax.ensure_compile_time_eval():
+        layer = jaxpike.LeakyIntegrator(-cases.DT / math.log(1 - LEAK), dt=cases.DT)
+    return jaxpike.unroll(layer, currents, scan_unroll=1)[0]
 
 
 def jax_forward(name: str, currents: np.ndarray, state_too: bool = True) -> Callable:
