@@ -7,7 +7,7 @@ A stored array has the name of its parameter behind a prefix that tells how it i
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -189,6 +189,20 @@ def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
         return init_state(params, tuple(batch)), jnp.zeros(batch, jnp.int32)
 
 
+def recurrent_init(init: Any) -> Callable[..., Array]:
+    """The initialiser of a recurrent kernel, held to the shape that it is asked for."""
+    if not callable(init):
+        raise TypeError(f"recurrent_kernel_init: expected an initialiser, got {shown(init)}")
+
+    def checked(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+        kernel: Any = init(key, shape, dtype)
+        if np.shape(kernel) != shape:
+            raise ValueError(f"recurrent_kernel_init: expected one that gives {shape}, got shape {np.shape(kernel)}")
+        return kernel
+
+    return checked
+
+
 def run_cell(
     params: SLIFParams, dt: ArrayLike, carry: Carry, inputs: Array, feedback: Array | None
 ) -> tuple[Carry, Array]:
@@ -198,6 +212,8 @@ def run_cell(
     state, count = _check.as_state(carry[0], "carry[0]"), _as_counts(carry[1])
     dt = _check.as_number("dt", dt, params.thr.dtype)
     inputs = _check.as_currents("inputs", inputs, params.thr.dtype)
+    if feedback is not None:
+        _check.check_shape("recurrent_kernel", feedback.shape, params.n_units, "matrix")
     with _check.transfers():
         return _run_cell(params, dt, (state, count), inputs, feedback)
 

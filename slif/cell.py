@@ -46,7 +46,7 @@ def charge(params: SLIFParams, state: SLIFState, i: Array, dt: Array) -> Array:
 def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array) -> SLIFState:
     """z = u > thr, and all that a spike does."""
     by_current = params.surrogate.wrt == "current"
-    x = i if by_current else u - state.thr
+    x = i if by_current else distance(u, state.thr)
     h = params.surrogate(x)
     if by_current:  # d s' = h(i) di, and all else counts as constant
         params, state, u, t, dt = lax.stop_gradient((params, state, u, t, dt))
@@ -65,6 +65,11 @@ def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt:
     s = attach(s, x, h) if by_current else s
     rfr_new, tols_new, h = lax.stop_gradient((rfr_new, tols_new, h))
     return SLIFState(j=i, v=v_new, s=s, thr=thr_new, rfr=rfr_new, tols=tols_new, surrogate=h)
+
+
+def distance(u: Array, thr: Array) -> Array:
+    """u - thr, or far below 0 for an endless threshold: derivatives of slopes are no numbers at infinity."""
+    return jnp.where(thr < jnp.inf, u - thr, -(float(jnp.finfo(u.dtype).max) ** 0.5))
 
 
 def reset_potential(params: SLIFParams, u: Array, thr: Array, z: Array) -> Array:

@@ -81,7 +81,8 @@ class _Neurons(_Layer, MechanismFields):
         if self.recurrent:
             shape, dtype = (self.features, self.features), _layers.wide(self.dtype)
             with transfers():
-                self.feedback = self.param("recurrent_kernel", self.recurrent_kernel_init, shape, dtype)
+                init = _layers.recurrent_init(self.recurrent_kernel_init)
+                self.feedback = self.param("recurrent_kernel", init, shape, dtype)
 
 
 class SLIFCell(nn.RNNCellBase, _Neurons):

@@ -93,7 +93,8 @@ class _Neurons(_Layer):
         super().__init__(features, dt=dt, hyper=hyper, learn=learn, rngs=rngs)
         self.recurrent = _check.as_flag("recurrent", recurrent)
         if recurrent:
-            kernel = recurrent_kernel_init(_key(rngs), (features, features), _layers.wide(self.dtype))
+            init = _layers.recurrent_init(recurrent_kernel_init)
+            kernel = init(_key(rngs), (features, features), _layers.wide(self.dtype))
             self.recurrent_kernel = nnx.Param(kernel)
 
 

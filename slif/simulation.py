@@ -116,9 +116,10 @@ def _simulate(
     params, start, before, currents, request = match_varying_axes((params, start, before, currents, request))
     final, out = _run(params, start, currents, request, implementation)
     if valid is not None and not adapts(params):  # until its first step a frozen row holds the thresholds it was given
+        given = lax.stop_gradient(before.thr) if params.surrogate.wrt == "current" else before.thr
         begun = lax.cummax(valid.astype(jnp.int8))[..., None] > 0
-        final = final.replace(thr=jnp.where(begun[-1], final.thr, before.thr))
-        out |= {"thr": jnp.where(begun, out["thr"], before.thr)} if "thr" in out else {}
+        final = final.replace(thr=jnp.where(begun[-1], final.thr, given))
+        out |= {"thr": jnp.where(begun, out["thr"], given)} if "thr" in out else {}
     return final, out
 
 

@@ -3,6 +3,8 @@
 A slope with respect to the *current* says d s'/d i, one with respect to the *voltage* says d z/d(u - thr).
 """
 
+import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -67,7 +69,10 @@ class Surrogate(struct.PyTreeNode):
                 number = number.reshape((1,) * (x.ndim - number.ndim) + number.shape)
             arguments[name] = number if number.dtype == x.dtype else number.astype(x.dtype)
         with transfers():
-            return self.slope(x, **arguments)
+            h = jnp.asarray(self.slope(x, **arguments))
+        if h.shape not in ((), x.shape):
+            raise ValueError(f"fn: expected a slope for every element of x, {x.shape}, got shape {h.shape}")
+        return h if own else jnp.broadcast_to(h, x.shape).astype(x.dtype)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surrogate):
@@ -417,6 +422,14 @@ def custom(
     for name, number in numbers.items():
         if not isinstance(number, jax.Array):
             stored(name, as_numbers(name, number), np.float64)
+    with contextlib.suppress(ValueError):  # of what has no signature to look at
+        signature = inspect.signature(fn)
+        try:
+            signature.bind(0.0, **numbers)
+        except TypeError as error:
+            raise TypeError(
+                f"fn: expected a function of x and {', '.join(numbers) or 'no number'}, got {error}"
+            ) from None
     return Surrogate(numbers, fn, wrt, _flag("detach_reset", detach_reset))
 
 

@@ -288,3 +288,34 @@ def test_numbers_of_a_custom_slope_are_leaves():
         slif.custom(bump, height=1.0, width=np.nan)
     with pytest.raises(TypeError, match=r"^width: expected a real number"):
         slif.custom(bump, height=1.0, width="wide")
+
+
+@pytest.mark.parametrize("kind", ["SLIF", "SLIFCell"])
+def test_initialisers_of_recurrent_kernels_are_held_to_the_shape(kind):
+    numbers = {"dt": 1.0, "tau_m": 4.0, "thr": 0.4, "recurrent": True}
+    cases = [
+        (
+            lambda key, shape, dtype: np.ones(shape[0], dtype),
+            ValueError,
+            r"expected one that gives \(3, 3\), got shape",
+        ),
+        (None, TypeError, "expected an initialiser, got None"),
+    ]
+    for init, error, message in cases:
+        with pytest.raises(error, match=f"^recurrent_kernel_init: {message}"):
+            getattr(slif.nnx, kind)(3, **numbers, rngs=nnx.Rngs(0), recurrent_kernel_init=init)
+        layer = getattr(slif.linen, kind)(3, **numbers, recurrent_kernel_init=init)
+        arguments = (
+            (np.ones((2, 3)),)
+            if kind == "SLIF"
+            else ((slif.init_state(make_params(n_units=3)), np.zeros((), np.int32)), np.ones(3))
+        )
+        with pytest.raises(error, match=f"^recurrent_kernel_init: {message}"):
+            layer.init(jax.random.key(0), *arguments)
+
+
+def test_kernels_that_were_put_in_later_are_held_to_the_shape():
+    cell = slif.nnx.SLIFCell(3, dt=1.0, tau_m=4.0, thr=0.4, recurrent=True, rngs=nnx.Rngs(0))
+    cell.recurrent_kernel = nnx.Param(np.ones((3, 1), np.float32))
+    with pytest.raises(ValueError, match=r"^recurrent_kernel: expected shape .*, got shape \(3, 1\)"):
+        cell(cell.initialize_carry((2, 3)), np.ones((2, 3)))

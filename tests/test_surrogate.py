@@ -215,3 +215,13 @@ def test_a_number_of_a_slope_can_be_swept():
     x = jnp.linspace(-1, 1, 5)
     swept = jax.vmap(lambda alpha: slif.arctan(alpha)(x))(jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(swept, [slif.arctan(1.0)(x), slif.arctan(2.0)(x)], rtol=1e-6)
+
+
+def test_custom_slopes_are_held_to_shape_dtype_and_arguments():
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    for fn in (lambda x: 1.0, lambda x: jnp.ones(x.shape, jnp.float32), lambda x: x > 0):
+        assert (slif.custom(fn)(x).shape, slif.custom(fn)(x).dtype) == (x.shape, x.dtype)
+    with pytest.raises(ValueError, match=r"^fn: expected a slope for every element of x, \(2, 3\), got shape \(2, 1\)"):
+        slif.custom(lambda x: x[:, :1])(x)
+    with pytest.raises(TypeError, match=r"^fn: expected a function of x, b, got .*'a'"):
+        slif.custom(lambda x, a: a * x, b=1.0)

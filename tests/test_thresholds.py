@@ -169,3 +169,33 @@ def test_counts_go_on_beyond_what_float32_can_count():
         request.finish_summaries(summaries)["spike_count"], np.float32([2**24 + 3, 2**24, 2**24 + 3])
     )
     assert np.float32(2**24 + 3) > 2**24
+
+
+@pytest.mark.parametrize("name", ["arctan", "fast_sigmoid", "sigmoid", "triangular", "gaussian"])
+def test_an_endless_threshold_leaves_other_units_their_second_derivatives(name):
+    surrogate = getattr(slif, name)(jnp.float32(2))
+    params = make_params(n_units=3, tau_m=4.0, resist_m=1.0, thr=np.array([0.4, 0.5, np.inf]), surrogate=surrogate)
+    others = params.replace(thr=params.thr[:2])
+    x = make_currents((4, BATCH, 3))
+
+    def norm(params, x):
+        gradient = jax.grad(lambda x: slif.simulate(params, None, x, dt=1.0)[1]["s"].sum())(x)
+        return jnp.square(gradient).sum()
+
+    of_all, of_others = (jax.grad(norm)(p, x[..., : p.n_units]).surrogate.numbers for p in (params, others))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), of_all, of_others)
+    assert all(map(np.any, of_all.values()))
+
+
+def test_thresholds_that_frozen_rows_hold_have_no_gradient_by_the_current():
+    params, valid = make_params(n_units=3), np.ones((4, BATCH), bool)
+    valid[:, 0] = False
+
+    def loss(params, thr):
+        state = slif.init_state(params, BATCH).replace(thr=thr)
+        final, out = slif.simulate(params, state, make_currents((4, BATCH, 3)), dt=1.0, valid=valid, record=("thr",))
+        return final.thr.sum() + out["thr"].sum()
+
+    of_params, of_state = jax.grad(loss, argnums=(0, 1))(params, jnp.full((BATCH, 3), 0.5))
+    assert not np.any(of_params.thr)
+    assert not np.any(of_state)
