@@ -62,8 +62,6 @@ def raster(
         TypeError: an argument is not of its kind.
         ValueError: there are no spikes in what was recorded, or their shape is not [T, N].
 
-    Source: none.
-
     Example:
         >>> raster(np.eye(5), dt=0.5).get_xlabel()
         'time, ms'
@@ -124,8 +122,6 @@ def traces(
     Raises:
         TypeError: an argument is not of its kind.
         ValueError: nothing that can be drawn was recorded, a unit does not exist, or a shape does not fit.
-
-    Source: none.
 
     Example:
         >>> axes = traces({"v": np.zeros((9, 4)), "j": np.ones((9, 4))}, units=[0, 3])

@@ -79,17 +79,18 @@ def make_state(params, batch=(BATCH,), seed=5):
 def assert_same(actual, expected):
     """Equality of every leaf, to the bit but for the payload of NaN."""
     near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(near if ON_GPU else np.testing.assert_array_equal, actual, expected)
+    equal = near if ON_GPU else np.testing.assert_array_equal
+    jax.tree_util.tree_map_with_path(lambda path, a, e: equal(a, e, err_msg=str(path)), actual, expected)
 
 
-def assert_agree(actual, expected):
+def assert_agree(actual, expected, case=""):
     """Two ways to the same numbers: spikes and times equal, and the rest to rounding."""
     assert actual.keys() == expected.keys()
     for name in actual:
         if name in ("u", "v", "thr", "j", "surrogate") or (ON_GPU and name in ("tols", "first_spike_time")):
-            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-6, atol=1e-6, err_msg=f"{case} {name}")
         else:
-            np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+            np.testing.assert_array_equal(actual[name], expected[name], err_msg=f"{case} {name}")
 
 
 # What no option of an example takes for a number.
@@ -106,7 +107,7 @@ def enable_x64():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--configurations", type=int, default=60, help="random configurations to run by the reference")
+    parser.addoption("--configurations", type=int, default=20, help="random configurations to run by the reference")
     parser.addoption("--require-reference", action="store_true", help="fail, not skip, where ngclearn is absent")
     parser.addoption("--errors", action="store_true", help="print how far apart the compared numbers were")
 

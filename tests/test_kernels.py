@@ -48,11 +48,22 @@ def run(params, currents, implementation="pallas", state=None, **options):
     return slif.simulate(params, state, currents, dt=DT, implementation=implementation, **options)
 
 
-def assert_like_the_scan(params, currents, **options):
-    (state, out), (expected_state, expected) = (run(params, currents, name, **options) for name in ("pallas", "xla"))
-    assert_agree(vars(state), vars(expected_state))
-    assert_agree(out, expected)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), out) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+def assert_like_the_scan(*cases):
+    """Each case: params, currents, valid and options. All make one program, which XLA takes less long for."""
+
+    @jax.jit
+    def run_each(arrays):
+        return [
+            [run(params, x, name, valid=valid, **options) for name in ("pallas", "xla")]
+            for (params, x, valid), (*_, options) in zip(arrays, cases, strict=True)
+        ]
+
+    for (actual, expected), (*_, options) in zip(run_each([case[:3] for case in cases]), cases, strict=True):
+        assert_agree(vars(actual[0]), vars(expected[0]), options)
+        assert_agree(actual[1], expected[1], options)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), actual) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), expected
+        )
 
 
 def weights(tree, seed=1):
@@ -76,7 +87,8 @@ def gradients(params, currents, implementation, **options):
 
 
 def assert_gradients_are_those_of_the_scan(params, currents, **options):
-    actual, expected = (gradients(params, currents, which, **options) for which in ("pallas", "xla"))
+    both = jax.jit(lambda *x: [gradients(*x, which, **options) for which in ("pallas", "xla")])
+    actual, expected = both(params, currents)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected)
     assert all(jnp.any(x) for x in (expected[0].tau_m, expected[1].v, *expected[2:]))
 
@@ -89,53 +101,43 @@ def masks(currents, seed=3):
     return valid
 
 
-@pytest.mark.parametrize(
-    ("mechanism", "masked"),
-    [
-        ("plain", False),
-        ("sticky", True),
-        ("leak", False),
-        ("soft", True),
-        ("voltage", False),
-    ],
-)
-def test_all_that_the_scan_gives(mechanism, masked):
-    currents = make_currents((2, 3, 11))
-    valid = masks(currents) if masked else None
-    assert_like_the_scan(make_params(mechanism), currents, record=("u", *RECORDS), t0=3.0, valid=valid)
+def test_all_that_the_scan_gives():
+    currents, options = make_currents((2, 3, 11)), {"record": ("u", *RECORDS), "t0": 3.0}
+    masked = {"plain": False, "sticky": True, "leak": False, "soft": True, "voltage": False}
+    assert_like_the_scan(
+        *((make_params(name), currents, masks(currents) if mask else None, options) for name, mask in masked.items())
+    )
 
 
 def test_blocks_of_units_of_their_own():
     params, currents = make_params("voltage", 50, **EVERYTHING), make_currents((17, 3, 50))
-    assert_like_the_scan(params, currents, record=("s", "u", "v", *SUMMARIES), valid=masks(currents))
+    assert_like_the_scan((params, currents, masks(currents), {"record": ("s", "u", "v", *SUMMARIES)}))
 
 
-# Around a block's length, and around a tile's width.
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1, 128), (9, 257), (17, 2, 2, 33)])
-def test_any_shape(shape):
-    assert_like_the_scan(make_params("sticky", n_units=shape[-1]), make_currents(shape))
+def test_any_shape():
+    """Around a block's length, and around a tile's width."""
+    shapes = [(1, 1), (8, 1, 128), (9, 257), (17, 2, 2, 33)]
+    assert_like_the_scan(*((make_params("sticky", n_units=s[-1]), make_currents(s), None, {}) for s in shapes))
 
 
-@pytest.mark.parametrize(
-    ("currents", "spikes"),
-    [
-        ("float32", "float32"),
-        ("bfloat16", "bfloat16"),
-        ("float16", "float16"),
-        ("float32", "bool"),
-        ("bfloat16", "uint8"),
-        ("float16", "int8"),
-        ("float32", "int32"),
-    ],
-)
-def test_any_dtype(currents, spikes):
+def test_any_dtype():
     x, record = make_currents((1, 50)).round(), ("s", "s_packed", "spike_count")  # which every dtype holds
     params = make_params("sticky", 50)
-    state, out = run(params, jnp.asarray(x, currents), record=record, spike_dtype=spikes)
+    dtypes = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "bool")]
+    dtypes += [("bfloat16", "uint8"), ("float16", "int8"), ("float32", "int32")]
+
+    @jax.jit
+    def run_each(params, x):
+        return {
+            (currents, spikes): run(params, x.astype(currents), record=record, spike_dtype=spikes)
+            for currents, spikes in dtypes
+        }
+
     expected_state, expected = run(params, x, "xla", record=record)
-    assert out["s"].dtype == jnp.dtype(spikes)
-    assert_agree(vars(state), vars(expected_state))
-    assert_agree(out | {"s": np.asarray(out["s"], np.float32)}, expected)
+    for case, (state, out) in run_each(params, x).items():
+        assert out["s"].dtype == jnp.dtype(case[1])
+        assert_agree(vars(state), vars(expected_state), case)
+        assert_agree(out | {"s": np.asarray(out["s"], np.float32)}, expected, case)
 
 
 def test_a_split_run_is_the_whole_run():
@@ -159,22 +161,23 @@ def test_gradients_of_blocks_are_those_of_the_scan():
     assert_gradients_are_those_of_the_scan(params, currents, record=("s", "u"), valid=masks(currents))
 
 
-@pytest.mark.parametrize("kind", VOLTAGE)
-def test_the_gradient_of_a_step_is_the_slope(kind):
+def test_the_gradient_of_a_step_is_the_slope():
     """Without the scan: d s/d j = g(u - thr) resist_m dt / tau_m."""
-    params, currents = make_params("plain", 50, surrogate=BUILT_IN[kind]), jnp.asarray(make_currents((1, 50)))
-    state = make_state(params, ())
+    cells = {kind: make_params("plain", 50, surrogate=BUILT_IN[kind]) for kind in VOLTAGE}
+    currents = jnp.asarray(make_currents((1, 50)))
+    state = make_state(cells["arctan"], ())
 
-    @jax.jit
-    def value_and_pull(x):
+    def value_and_pull(params, x):
         (final, out), pull = jax.vjp(lambda x: run(params, x, state=state, record=("s", "u")), x)
         bar = jax.tree.map(jnp.zeros_like, (final, out))
         bar[1]["s"] = jnp.ones_like(out["s"])
-        return final, BUILT_IN[kind](out["u"][0] - final.thr), *pull(bar)
+        return final, params.surrogate(out["u"][0] - final.thr), *pull(bar)
 
-    final, slope, d_currents = value_and_pull(currents)
-    np.testing.assert_allclose(final.surrogate, slope, rtol=1e-5, atol=1e-30)
-    np.testing.assert_allclose(d_currents[0], slope * 1.5 * DT / 20, rtol=1e-5, atol=1e-30)
+    each = jax.jit(lambda cells, x: {kind: value_and_pull(params, x) for kind, params in cells.items()})
+    for kind, (final, slope, d_currents) in each(cells, currents).items():
+        np.testing.assert_allclose(final.surrogate, slope, rtol=1e-5, atol=1e-30, err_msg=kind)
+        expected = slope * 1.5 * DT / 20
+        np.testing.assert_allclose(d_currents[0], expected, rtol=1e-5, atol=1e-30, err_msg=kind)
 
 
 def test_gradients_of_the_secant_are_those_of_the_scan():

@@ -121,7 +121,7 @@ def test_spikes_are_those_of_the_reference(configuration):
 
 def test_the_configurations_cover_what_they_should():
     """Otherwise agreement might be that of silence."""
-    drawn = [draw(np.random.default_rng([2017, n])) for n in range(60)]
+    drawn = [draw(np.random.default_rng([2017, n])) for n in range(20)]
     for name in ("thr_jitter", "refract_time", "thr_gain", "thr_leak", "rho_b", "resist_inh", "thr_persist"):
         assert {bool(arguments[name]) for arguments, *_ in drawn} == {True, False}, name
     assert {run["batch_size"] for _, run, _ in drawn} == set(range(1, 9))
