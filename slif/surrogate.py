@@ -427,9 +427,7 @@ def custom(
         try:
             signature.bind(0.0, **numbers)
         except TypeError as error:
-            raise TypeError(
-                f"fn: expected a function of x and {', '.join(numbers) or 'no number'}, got {error}"
-            ) from None
+            raise TypeError(f"fn: expected a function of {', '.join(('x', *numbers))}, got {error}") from None
     return Surrogate(numbers, fn, wrt, _flag("detach_reset", detach_reset))
 
 
