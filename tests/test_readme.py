@@ -18,6 +18,7 @@ def test_readme(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == shown(page) != ""
     assert names["gradient"].shape == names["out"]["v"].shape == (400, 8, 100)
     assert names["gradient"].any()
+    assert names["accuracy"] > 0.95
 
 
 def test_training(tmp_path, monkeypatch):
