@@ -94,6 +94,15 @@ def spikingjelly_raster() -> Callable:
     return run
 
 
+def norse_loop(cell: Any, currents: Any) -> Any:
+    torch = importlib.import_module("torch")
+    state, raster = None, []
+    for j in currents * 0.2:
+        s, state = cell(j, state)
+        raster.append(s)
+    return torch.stack(raster)
+
+
 def norse_raster() -> Callable:
     """Its cell in a loop, since the backward pass of its own loop makes an array of the whole sequence at each step."""
     torch, norse = importlib.import_module("torch"), importlib.import_module("norse.torch")
@@ -101,14 +110,7 @@ def norse_raster() -> Callable:
         norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR))
     )
 
-    def run(currents):
-        state, raster = None, []
-        for j in currents * 0.2:
-            s, state = cell(j, state)
-            raster.append(s)
-        return torch.stack(raster)
-
-    return run
+    return functools.partial(norse_loop, cell)
 
 
 TORCH = {"snntorch": snntorch_raster, "spikingjelly": spikingjelly_raster, "norse": norse_raster}
@@ -168,14 +170,7 @@ def norse_recurrent(weights: Any) -> tuple[Callable, Any]:
         autapses=True,
     )
 
-    def run(currents):
-        state, raster = None, []
-        for j in currents * 0.2:
-            s, state = cell(j, state)
-            raster.append(s)
-        return torch.stack(raster)
-
-    return run, own
+    return functools.partial(norse_loop, cell), own
 
 
 # Functions of the recurrent matrix [N, N], from row to column, which give a function of the currents, and the parameter

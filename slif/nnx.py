@@ -74,18 +74,22 @@ def _params(module: _Layer) -> SLIFParams:
     return _layers.assemble(params, learned, module.dt)
 
 
+ORTHOGONAL = nnx.initializers.orthogonal()
+
+
 class _Neurons(_Layer):
+    @with_defaults
     def __init__(
         self,
         features: int,
         *,
         dt: float,
         tau_m: Numbers,
-        resist_m: Numbers | None,
         thr: Numbers,
-        learn: tuple[str, ...],
-        recurrent: bool,
-        recurrent_kernel_init: Callable[..., Array],
+        resist_m: Numbers | None = None,
+        learn: tuple[str, ...] = (),
+        recurrent: bool = False,
+        recurrent_kernel_init: Callable[..., Array] = ORTHOGONAL,
         rngs: nnx.Rngs,
         **mechanisms: Unpack[Mechanisms],
     ):
@@ -100,9 +104,6 @@ class _Neurons(_Layer):
 
 def _feedback(module: _Neurons) -> Array | None:
     return module.recurrent_kernel[...] if module.recurrent else None
-
-
-ORTHOGONAL = nnx.initializers.orthogonal()
 
 
 class SLIFCell(_Neurons, nnx.RNNCellBase):
@@ -143,34 +144,6 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
         >>> nnx.RNN(cell, time_major=True)(jnp.ones((10, 2, 3))).shape
         (10, 2, 3)
     """
-
-    @with_defaults
-    def __init__(
-        self,
-        features: int,
-        *,
-        dt: float,
-        tau_m: Numbers,
-        thr: Numbers,
-        resist_m: Numbers | None = None,
-        learn: tuple[str, ...] = (),
-        recurrent: bool = False,
-        recurrent_kernel_init: Callable[..., Array] = ORTHOGONAL,
-        rngs: nnx.Rngs,
-        **mechanisms: Unpack[Mechanisms],
-    ):
-        super().__init__(
-            features,
-            dt=dt,
-            tau_m=tau_m,
-            resist_m=resist_m,
-            thr=thr,
-            learn=learn,
-            recurrent=recurrent,
-            recurrent_kernel_init=recurrent_kernel_init,
-            rngs=rngs,
-            **mechanisms,
-        )
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
         return _layers.run_cell(_params(self), self.dt, carry, inputs, _feedback(self))

@@ -39,14 +39,15 @@ def run(
         masked=request.valid is not None,
     )
     ones = (1,) * state.v.ndim
+    numbers = jax.tree.map(lambda x: x.reshape(ones[x.ndim :] + x.shape), params.replace(thr=None))
     inputs = loop.Inputs(
-        params=jax.tree.map(lambda x: x.reshape(ones[x.ndim :] + x.shape), params.replace(thr=None)),
+        params=numbers,
         state={name: getattr(state, name) for name in plan.carried},
         currents=currents,
         valid_bits=None if request.valid is None else jnp.packbits(request.valid, axis=0, bitorder="little"),
         dt=request.dt.reshape(ones),
         t0=request.t0.reshape(ones),
-        inverse_tau=lax.stop_gradient(reciprocal(params.tau_m)).reshape(ones[params.tau_m.ndim :] + params.tau_m.shape),
+        inverse_tau=lax.stop_gradient(reciprocal(numbers.tau_m)),
     )
     outs: dict[str, Any] = (_differentiable if params.surrogate.wrt == "voltage" else _forward)(plan, by_name, inputs)
     final = dict(outs["final"])

@@ -15,7 +15,7 @@ def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1
         return lax.scan(body, carry, xs, unroll=_turn(length, unroll))
     # A ragged last block copies the sequences to take them apart, which costs more memory than it saves: at T = 1000
     # 25 steps a block take a sixth of the memory, 32 with a tail of 8 twice as much.
-    every = next((k for k in range(every, every // 2, -1) if length % k == 0), every)
+    every = _divisor(length, every)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(carry, xs):
@@ -32,11 +32,16 @@ def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1
 
 
 def _turn(length: Any, unroll: int) -> int:
-    """Steps of a turn, `unroll` at most; more than half as many where that divides the length.
+    """Steps of a turn, `unroll` at most, of which none are left over if that can be had.
 
     For steps that are left over the sequences are copied: for TPUs 199.6 MB at [100, 250, 1000] in turns of 8, 0.26 MB
     in turns of 4. Of a length that `jax.export` only names JAX makes turns of one step.
     """
     if not isinstance(length, int):
         return 1
-    return next((k for k in range(unroll, unroll // 2, -1) if length % k == 0), unroll)
+    return _divisor(length, unroll)
+
+
+def _divisor(length: int, most: int) -> int:
+    """The largest number up to `most`, and above half of it, that divides the length; else `most`."""
+    return next((k for k in range(most, most // 2, -1) if length % k == 0), most)

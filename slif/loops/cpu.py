@@ -17,7 +17,10 @@ from slif.types import SLIFParams, SLIFState
 def run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, constant: bool = False
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """What `plain.run` gives for one step or more; the carry is charged: its v is u, whose spike is still to come."""
+    """What `plain.run` gives for one step or more without feedback.
+
+    The carry is charged: its v is u, whose spike is still to come.
+    """
     valid, times = request.valid, request.times(currents.shape[0])
     paired = constant and params.refract_time is not None and state.v.dtype in (jnp.float32, jnp.float64)
 
@@ -29,7 +32,7 @@ def run(
         carried, summaries = carry
         j, t, valid, t_before, valid_before = x
         old = fire_where_valid(_unpair(carried), t_before, valid_before)
-        i = drive(params, old.s, freeze(valid, j, jnp.zeros_like(j)).astype(old.v.dtype), request.feedback)
+        i = drive(params, old.s, freeze(valid, j, jnp.zeros_like(j)).astype(old.v.dtype))
         carried = freeze(valid, old.replace(v=charge(params, old, i, request.dt), j=i), old)
         carried = _pair(carried) if paired else carried
         charged = _unpair(carried)
@@ -49,7 +52,7 @@ def run(
     carry = (_pair(state) if paired else state, summaries)
     (carried, summaries), out = scan(body, carry, xs, request.checkpoint_every)
     charged = _unpair(carried)
-    if params.resist_inh is None and request.feedback is None and valid is None:
+    if params.resist_inh is None and valid is None:
         # Then the last current tells i, and nothing has to carry it.
         charged = charged.replace(j=drive(params, charged.s, currents[-1].astype(charged.v.dtype)))
     final = fire_where_valid(charged, times[-1], None if valid is None else valid[-1])
