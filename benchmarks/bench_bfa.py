@@ -98,7 +98,7 @@ class Reference:
     ) -> dict[str, Array]:
         """Trains on a batch; with a key and pixels, on the input spikes that ours draws."""
         start, _ = self.reset.run.compiled(state, [])
-        start |= {self.z0.inputs.target: bfa.GAIN * images, self.e2.target.target: y}
+        start |= {self.z0.inputs.target: images, self.e2.target.target: y}
 
         def advance(state, k):
             if key is None or pixels is None:
@@ -132,12 +132,12 @@ def random_batch() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     inner = rng.random((BATCH, 24, 24), np.float32) * (rng.random((BATCH, 24, 24)) < 0.35)
     images = np.pad(inner, ((0, 0), (2, 2), (2, 2))).reshape(BATCH, N_INPUTS)
-    return images, rng.integers(bfa.N_CLASSES, size=BATCH)
+    return bfa.MNIST["gain"] * images, rng.integers(bfa.N_CLASSES, size=BATCH)
 
 
 def first_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     data = digits.load(path)
-    images, classes = data.x_train[:BATCH], data.y_train[:BATCH]
+    images, classes = bfa.MNIST["gain"] * data.x_train[:BATCH], data.y_train[:BATCH]
     if images.shape != (BATCH, N_INPUTS):
         raise ValueError(f"{path}: expected {BATCH} images of {N_INPUTS} pixels or more, got {images.shape}")
     return images, classes

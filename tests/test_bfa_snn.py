@@ -73,7 +73,7 @@ def train_by_numpy(weights, spikes, y, rate):
     )
     state1 = oracle.rest(cell1, (len(y), b1.size))
     state2 = oracle.rest(cell2, (len(y), b2.size))
-    current, told = np.zeros_like(y), np.zeros_like(y)
+    current, spikes_after, all_spikes = np.zeros((3, *y.shape))
     for k, x in enumerate(spikes, 1):
         t = k * 0.25
         state1 = oracle.step(cell1, state1, x @ W1 + b1, t, 0.25)
@@ -83,14 +83,15 @@ def train_by_numpy(weights, spikes, y, rate):
         if t > 20 * 0.25:
             W1, b1 = W1 + rate * (x.T @ d1) / len(W1), b1 + rate * d1.sum(0) / len(W1)
             W2, b2 = W2 + rate * (state1["s"].T @ e2) / len(W2), b2 + rate * e2.sum(0) / len(W2)
-            current, told = current + state2["j"], told + state2["s"]
-    return bfa.Weights(W1, b1, W2, b2, E), bfa.Evidence(current, told)
+            current, spikes_after = current + state2["j"], spikes_after + state2["s"]
+        all_spikes = all_spikes + state2["s"]
+    return bfa.Weights(W1, b1, W2, b2, E), bfa.Evidence(current, spikes_after, all_spikes)
 
 
 def test_a_window_is_the_published_rule():
     n_batch, n_inputs, n_hidden, rate = 5, 150, 12, 3.0
     rng = np.random.default_rng(1)
-    images = rng.random((n_batch, n_inputs), np.float32)
+    images = 0.25 * rng.random((n_batch, n_inputs), np.float32)
     images[:, rng.permutation(n_inputs)[:100]] = 0
     classes = rng.integers(0, 10, n_batch)
     y = np.eye(10)[classes]
@@ -113,19 +114,52 @@ def test_a_window_is_the_published_rule():
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5, err_msg=name)
     assert correct == (evidence.current.argmax(-1) == classes).sum()
 
-    # Weights that have not learned yet leave the output silent, and the two kinds of evidence alike.
-    strong = weights._replace(W1=30 * weights.W1, W2=20 * weights.W2)
+    # Weights that have not learned yet leave the output silent, and the kinds of evidence alike.
+    strong = weights._replace(W1=30 * weights.W1, W2=60 * weights.W2)
     told = bfa.predict(cells, strong, key, images, pixels)
     _, evidence = train_by_numpy(strong, spikes, y, 0.0)
-    np.testing.assert_array_equal(told.current, evidence.current.argmax(-1))
-    np.testing.assert_array_equal(told.spikes, evidence.spikes.argmax(-1))
+    for name, classes in told._asdict().items():
+        np.testing.assert_array_equal(classes, getattr(evidence, name).argmax(-1), err_msg=name)
     assert (told.current != told.spikes).any()
+    assert (evidence.all_spikes != evidence.spikes).any()
+
+
+def test_the_best_epoch_on_images_that_nothing_learns_from_is_kept(tmp_path, monkeypatch, capsys):
+    data, shares = digits.load(), iter([0.5, 0.75, 0.75, 0.25])
+    monkeypatch.setattr(bfa, "load", lambda path: data)
+    learned, weights = [], []
+
+    def train_batch(cells, before, key, images, *rest):
+        learned.append(images)
+        weights.append(jax.tree.map(lambda leaf: leaf + 1, before))
+        return weights[-1], 0
+
+    def accuracy(cells, weights, images, classes):
+        if len(images) == held:
+            seen.append(images)
+            return bfa.Evidence(0.0, 0.0, next(shares))
+        return bfa.Evidence(0.0, 0.0, 0.0)
+
+    held, seen = round(0.25 * len(data.x_train)), []
+    monkeypatch.setattr(bfa, "train_batch", train_batch)
+    monkeypatch.setattr(bfa, "accuracy", accuracy)
+    monkeypatch.setattr(bfa, "draw", lambda *arguments: None)
+    options = ["--validation", "0.25", "--epochs", "4", "--hidden", "8", "--batch-size", "1000", "--out", str(tmp_path)]
+    bfa.main(options)
+    assert "weights of epoch 2\n" in capsys.readouterr().out
+    for kept, expected in zip(bfa.load_weights(tmp_path / "weights.npz", 64), weights[1], strict=True):
+        np.testing.assert_array_equal(kept, expected)
+    rows = {image.tobytes() for image in seen[0]}
+    assert all((images == seen[0]).all() for images in seen)
+    known = [image.tobytes() for image in data.x_train]
+    twice = {image for image in known if known.count(image) > 1}
+    assert not rows & {image.tobytes() for images in learned for image in images} - twice
 
 
 def test_input_spikes_have_their_probability():
-    images = np.tile(np.float32([0, 0.2, 0.5, 1, 1]), (20_000, 1))
+    images = np.tile(np.float32([0, 0.05, 0.125, 0.25, 0.25]), (20_000, 1))
     x = np.asarray(bfa.bernoulli(jax.random.key(0), bfa.spike_threshold(images)))
-    np.testing.assert_allclose(x.mean(0), 0.25 * images[0], atol=4 * np.sqrt(0.25 * 0.75 / len(x)))
+    np.testing.assert_allclose(x.mean(0), images[0], atol=4 * np.sqrt(0.25 * 0.75 / len(x)))
     assert not x[:, 0].any()
     assert abs(np.corrcoef(x[:, 1:].T) - np.eye(4)).max() < 4 / np.sqrt(len(x))
 
@@ -156,8 +190,10 @@ def test_it_learns_and_evaluates_to_the_same(tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["bfa_snn.png", "weights.npz"]
     assert (out / "bfa_snn.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    told, current, spikes = re.search(r"(test accuracy (.*)% by current, (.*)% by spikes\n)", printed).groups()
-    assert min(float(current), float(spikes)) > 40
+    told, *shares = re.search(
+        r"(test accuracy (.*)% by current, (.*)% by spikes, (.*)% by all spikes\n)", printed
+    ).groups()
+    assert min(map(float, shares)) > 40
 
     bfa.main(["--eval", str(out / "weights.npz"), "--out", str(tmp_path / "unused")])
     assert capsys.readouterr().out == told
