@@ -17,8 +17,8 @@ and, once the burn-in is over, while the window goes on:
     W2 += rate s1^T e2 / H             b2 += rate sum e2 / H
 
 with sums over the batch and E fixed at random. The class is read out in three ways: by "current", the unit of cell 2
-whose current summed up the most after the burn-in; by "spikes", the one that spiked most often after the burn-in; and by
-"all spikes", which counts those of the burn-in too, as the published figures do.
+whose current summed up the most after the burn-in; by "spikes", the one that spiked most often after the burn-in; and
+by "all spikes", which counts those of the burn-in too, as the published figures do.
 
 With `--validation 0.1` a tenth of the training images is held out, and the weights kept are those of the epoch that did
 best on them by all spikes: the published protocol. Otherwise those of the last epoch are.
@@ -56,8 +56,8 @@ CELL: dict[str, Any] = {
     "sticky_spikes": True,
 }
 # The published settings are for MNIST. The bundled digits are 40 times fewer: larger updates learn them in as many
-# seconds, and shrink in order to settle. They have a twelfth of the pixels, whose random spikes hide the image at a gain
-# of 0.25: with it the network stays below 94 %, while learning too.
+# seconds, and shrink in order to settle. They have a twelfth of the pixels, and at a gain of 0.25 the noise of so few
+# input spikes keeps the network below 95 %, on the images it learns from too.
 MNIST = {"epochs": 30, "hidden": 1000, "batch_size": 250, "rate": 1.0, "decay": 1.0, "gain": 0.25}
 BUNDLED = {"epochs": 8, "hidden": 500, "batch_size": 50, "rate": 16.0, "decay": 0.7, "gain": 1.0}
 
@@ -350,7 +350,11 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[cli.Parser, Any]:
         key = name[2:].replace("-", "_")
         parser.add_argument(name, type=kind, help=f"{text} (default {BUNDLED[key]}, with --data {MNIST[key]})")
 
-    parser.add_argument("--data", type=Path, help="an .npz with MNIST's keys, or a folder of its IDX files")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="an .npz with MNIST's keys, or a folder of its IDX files; scikit-learn's 8x8 digits if not given",
+    )
     parser.add_argument(
         "--eval", type=Path, metavar="WEIGHTS", help="tell the test accuracy of saved weights, and stop"
     )
@@ -361,17 +365,15 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[cli.Parser, Any]:
     add("--decay", cli.number(float, 1e-6, 1), "what multiplies the rate after each epoch")
     add("--gain", cli.number(float, 1e-6, 1), "the chance of a white pixel to spike at a step")
     seed = cli.number(int, 0, cli.MAX_SEED)
-    parser.add_argument("--seed", type=seed, default=0, help="of weights, order and input spikes (default 0)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/bfa_snn"), help="folder to write to (default %(default)s)"
-    )
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, order and input spikes")
+    parser.add_argument("--out", type=Path, default=Path("out/bfa_snn"), help="folder to write to")
     parser.add_argument(
         "--validation",
         type=cli.number(float, 0, 0.9),
         default=0.0,
         metavar="SHARE",
-        help="share of the training images held out, to keep the weights of the epoch that does best on them (default 0: "
-        "those of the last epoch)",
+        help="share of the training images held out, to keep the weights of the epoch that does best on them; with 0, "
+        "those of the last epoch",
     )
     options = parser.parse_args(arguments)
     for key, value in (BUNDLED if options.data is None else MNIST).items():

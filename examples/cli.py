@@ -17,8 +17,19 @@ import numpy as np
 MAX_SEED = 2**32 - 1  # jax.random.key takes no more bits
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells each default, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        no_default = action.default is None or action.default is False
+        return action.help if no_default else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line and exits with code 2."""
+    """Tells defaults in its help, and what is wrong in one line with exit code 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -119,7 +119,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--shards", type=cli.number(int, 1, 99_999), default=16, help="parts that the points are cut into"
     )
     parser.add_argument("--coordinator", default="localhost:12355", help="address of process 0")
-    parser.add_argument("--processes", type=cli.number(int, 1, 99_999), help="how many there are (default 1)")
+    parser.add_argument("--processes", type=cli.number(int, 1, 99_999), help="how many there are; 1 if not given")
     parser.add_argument("--process", type=cli.number(int, 0, 99_998), help="the number of this one, from 0")
     parser.add_argument("--cluster", action="store_true", help="let JAX find the other processes")
     timeout = cli.number(int, 1, 86_400)
@@ -134,6 +134,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--processes: give --process too, the number of this one")
     if args.process is not None and args.process >= args.processes:
         parser.error(f"--process: expected 0 to {args.processes - 1}, got {args.process}")
+    if args.shards > args.side**3:
+        parser.error(f"--shards: expected at most {args.side**3}, the points, got {args.shards}")
     parser.probe(args.out)
     try:
         check_folder(args)
@@ -156,7 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
         os._exit(1)  # the usual way out would wait for the process that is gone
     if jax.process_index() == 0:
         finish(args, paths)
-        print(f"{time.perf_counter() - start:.1f} s on {jax.process_count()} processes")
+        n = jax.process_count()
+        print(f"{time.perf_counter() - start:.1f} s on {n} process{'es' * (n > 1)}")
 
 
 if __name__ == "__main__":

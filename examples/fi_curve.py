@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
         setting = (over[name][k] for name in GRID)
         print("{:>8g}{:>6g}{:>14g}".format(*setting) + "".join(f"{x:>10.2%}" for x in row))
     print(f"{'largest':>28}" + "".join(f"{x:>10.2%}" for x in table.max(0)))
+    if short := int((expected.max(-1) * args.duration < 10).sum()):
+        print(f"--duration {args.duration:g} is too short: {short} of {len(table)} settings fire fewer than 10 times")
     path = args.out / "fi_curve.png"
     with cli.saved(path) as file:
         plot(over, rates[args.dt], args.dt, file)

@@ -20,7 +20,7 @@ import slif
 matplotlib.use("Agg")
 from slif import plot
 
-RECORD = ("j", "v", "thr", "rfr", "s")
+RECORD = ("j", "u", "v", "thr", "rfr", "s")
 
 
 def current(n_steps: int, dt: float, height: float) -> Array:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--refract-time", type=cli.number(float, 0, 1000), default=3.0, help="refractory period, ms")
     parser.add_argument("--sticky", action="store_true", help="hold the output at 1 while refractory")
     parser.add_argument("--dt", type=cli.number(float, 0.001, 10), default=0.5, help="length of a step, ms")
-    parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=300.0, help="ms")
+    parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=300.0, help="of the run, ms")
     parser.add_argument("--out", type=Path, default=Path("out/single_neuron"), help="folder for single_neuron.png")
     args = parser.parse_args(arguments)
     parser.check_steps(args.duration, args.dt)
@@ -67,7 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     params, out = simulate(args)
     start = round(0.1 * args.duration / args.dt)
-    print("The first steps under current: j, then v after the reset, the threshold, the time since the last spike, s")
+    print(
+        "The first steps under current: j, the potential before and after the reset, the threshold, the time since the"
+    )
+    print("last spike, s")
     print(table(out, args.dt, start, 24))
     times = jnp.flatnonzero(out["s"][:, 0] > 0) * args.dt
     print(f"{int(out['s'].sum())} steps with the output at 1 in {args.duration:g} ms", end="")
@@ -76,7 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
     axes = plot.traces(out, params=params, dt=args.dt)
     axes[0].set_ylabel("current")
     axes[1].set_ylabel("potential")
-    axes[1].set_title("potential, threshold (dashed), spikes (ticks), refractory steps (shaded)", fontsize="medium")
+    axes[1].set_title(
+        "potential (thin: before the reset), threshold (dashed), spikes (ticks), refractory steps (shaded)",
+        fontsize="medium",
+    )
     path = args.out / "single_neuron.png"
     with cli.saved(path) as file:
         axes[0].figure.savefig(file, format="png", dpi=120)

@@ -219,19 +219,25 @@ def plot(args: argparse.Namespace, history: list[dict[str, float]], file: IO[byt
 def main(arguments: list[str] | None = None) -> None:
     parser = cli.Parser(description="Trains a Flax network of spiking neurons on handwritten digits.")
     parser.add_argument(
-        "--data", type=Path, help="an .npz as of MNIST, or a folder of IDX files; default: the bundled 8x8 digits"
+        "--data",
+        type=Path,
+        help="an .npz with MNIST's keys, or a folder of its IDX files; scikit-learn's 8x8 digits if not given",
     )
     parser.add_argument(
         "--eval", type=Path, metavar="WEIGHTS", help="tell the test accuracy of saved weights, and stop"
     )
     size = cli.number(int, 1, 100_000)
-    parser.add_argument("--framework", choices=("linen", "nnx"), default="linen")
-    parser.add_argument("--surrogate", choices=SURROGATES, default="secant")
-    parser.add_argument("--epochs", type=size, help="default: 60, or 5 with --data")
-    parser.add_argument("--hidden", type=size, help="default: 256, or 512 with --data")
-    parser.add_argument("--batch-size", type=size, help="default: 64, or 128 with --data")
-    parser.add_argument("--lr", type=cli.number(float, 1e-9, 10), default=2e-3, help="at the start of its cosine decay")
-    parser.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0)
+    parser.add_argument("--framework", choices=("linen", "nnx"), default="linen", help="Flax's API")
+    parser.add_argument(
+        "--surrogate", choices=SURROGATES, default="secant", help="what replaces the derivative of the spike"
+    )
+    parser.add_argument("--epochs", type=size, help="passes over the training images; 60, or 5 with --data")
+    parser.add_argument("--hidden", type=size, help="hidden units; 256, or 512 with --data")
+    parser.add_argument("--batch-size", type=size, help="images a batch; 64, or 128 with --data")
+    parser.add_argument(
+        "--lr", type=cli.number(float, 1e-9, 10), default=2e-3, help="learning rate, at the start of its cosine decay"
+    )
+    parser.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="of weights and order")
     parser.add_argument(
         "--out", type=Path, default=Path("out/train_flax"), help="folder for weights.npz and learning_curve.png"
     )

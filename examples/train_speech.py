@@ -286,16 +286,18 @@ def draw_confusion(axes: Any, n_classes: int, y: np.ndarray, told: np.ndarray) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = cli.Parser(prog="train_speech.py", description="Trains a recurrent spiking network on spoken vowels.")
-    parser.add_argument("--data", type=Path, help="an .npz of " + ", ".join(KEYS) + "; default: sktime's recordings")
+    parser.add_argument(
+        "--data", type=Path, help="an .npz of " + ", ".join(KEYS) + "; sktime's recordings if not given"
+    )
     parser.add_argument(
         "--eval", type=Path, metavar="WEIGHTS", help="tell the test accuracy of saved weights, and stop"
     )
-    parser.add_argument("--epochs", type=cli.number(int, 1, 10_000), default=60, help="default %(default)s")
-    parser.add_argument("--units", type=cli.number(int, 1, 10_000), default=128, help="default %(default)s")
-    parser.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="of weights, order and noise")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/train_speech"), help="folder to write to (default %(default)s)"
+        "--epochs", type=cli.number(int, 1, 10_000), default=60, help="passes over the training utterances"
     )
+    parser.add_argument("--units", type=cli.number(int, 1, 10_000), default=128, help="hidden units")
+    parser.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="of weights, order and noise")
+    parser.add_argument("--out", type=Path, default=Path("out/train_speech"), help="folder to write to")
     args = parser.parse_args(arguments)
     try:
         data, test = with_differences(*load(args.data))

@@ -77,15 +77,19 @@ def raster(
     s = _series("recorded", spikes, row) != 0
     dt, t0 = _number("dt", dt), _number("t0", t0)
     n_steps, n = s.shape
-    ax = _figure(1, (7, 3))[0] if ax is None else ax
+    ax = _figure(1, (7, float(np.clip(n / 28, 3, 5))))[0] if ax is None else ax
     steps, units = np.nonzero(s)
     if n > MOST_UNITS or len(steps) > MOST_SPIKES:
         edges = (t0, t0 + max(n_steps, 1) * dt, -0.5, n - 0.5)
-        ax.imshow(_density(s, _ink(ax)), extent=edges, origin="lower", aspect="auto", interpolation="antialiased")
+        image = _density(s, _ink(ax))
+        # Scaled by little, an image is smoothed along both axes, which would smear each of a few steps over the next.
+        image = np.repeat(image, -(-BINS[0] // max(image.shape[1], 1)), axis=1)
+        ax.imshow(image, extent=edges, origin="lower", aspect="auto", interpolation="antialiased")
     else:
         times = t0 + steps * dt
         ticks = np.stack([np.stack([times, units - 0.4], -1), np.stack([times, units + 0.4], -1)], 1)
-        ax.add_collection(LineCollection(list(ticks), colors=[_ink(ax)], linewidths=1.0))
+        width = float(np.clip(150 / max(n_steps, 1), 1, 4))  # points
+        ax.add_collection(LineCollection(list(ticks), colors=[_ink(ax)], linewidths=width))
     ax.set(xlim=(t0, t0 + max(n_steps, 1) * dt), ylim=(-0.5, max(n, 1) - 0.5), xlabel="time, ms", ylabel="unit")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _bare(ax)

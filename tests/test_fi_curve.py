@@ -40,8 +40,10 @@ def test_the_papers_curve_is_near_its_tanh(example):
 
 
 def test_the_example_runs(example, tmp_path, capsys):
-    example.main(["--dt", "0.2", "--duration", "200", "--out", str(tmp_path / "out")])
-    assert "largest" in capsys.readouterr().out
+    example.main(["--dt", "0.2", "--duration", "100", "--out", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "largest" in out
+    assert "--duration 100 is too short: " in out
     assert (tmp_path / "out" / "fi_curve.png").read_bytes().startswith(b"\x89PNG")
 
 

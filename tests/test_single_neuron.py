@@ -19,19 +19,21 @@ def example(monkeypatch):
 def test_the_example_runs(example, tmp_path, capsys):
     example.main(["--out", str(tmp_path / "out")])
     told = capsys.readouterr().out.splitlines()
-    assert told[1].split() == ["t,", "ms", "j", "v", "thr", "rfr", "s"]
-    rows = np.array([line.split() for line in told[2:26]], float)
-    t, j, v, thr, rfr, s = rows.T
+    assert told[2].split() == ["t,", "ms", "j", "u", "v", "thr", "rfr", "s"]
+    rows = np.array([line.split() for line in told[3:27]], float)
+    t, j, u, v, thr, rfr, s = rows.T
     assert (j[1:] == 1.2).all()
     k = int(np.flatnonzero(s)[0])
     # The equations, from one row to the next.
     np.testing.assert_allclose(v[1:k], v[: k - 1] + (1.2 - v[: k - 1]) / 20 * 0.5, atol=2e-3)
     np.testing.assert_allclose(thr[k] - thr[k - 1], 0.05, atol=2e-3)
+    assert u[k] > thr[k - 1] and v[k] == 0
+    np.testing.assert_array_equal(u[:k], v[:k])
     assert (v[k : k + 6] == 0).all()
     assert v[k + 6] > 0
     np.testing.assert_array_equal(rfr[k : k + 7], 0.5 * np.arange(1, 8))
-    assert f"the first at {t[k]:g} ms" in told[26]
-    assert Path(told[27]).read_bytes().startswith(b"\x89PNG")
+    assert f"the first at {t[k]:g} ms" in told[27]
+    assert Path(told[28]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_too_little_current(example, tmp_path, capsys):
