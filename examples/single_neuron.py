@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     axes[0].set_ylabel("current")
     axes[1].set_ylabel("potential")
     axes[1].set_title(
-        "potential (thin: before the reset), threshold (dashed), spikes (ticks), refractory steps (shaded)",
+        "potential, threshold (dashed), spikes (ticks), refractory steps (shaded)",
         fontsize="medium",
     )
     path = args.out / "single_neuron.png"
