@@ -1,36 +1,50 @@
-"""Builds the API reference from the docstrings, and fails on any warning: python docs/build.py [FOLDER]"""
+"""Builds the site: README, the guides and the API reference, with search; fails on a dead link or any other warning.
+
+    pip install -e ".[docs]" && python docs/build.py [FOLDER]     into out/site, if no folder is given
+
+The pages stay where they are read in a checkout; here they are copied, with the files that they link to.
+"""
 
 import os
+import re
+import shutil
+import subprocess
 import sys
-import typing
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "examples/*.md", "benchmarks/*.md", "tests/README.md")
+LINK = re.compile(r"\]\(([^)#\s]+)")
 
-MODULES = ("slif", "slif.linen", "slif.nnx", "slif.checkpoint", "slif.nir", "slif.plot")
+
+def linked(page: Path) -> Iterator[Path]:
+    """The files of the repository that a page links to, pages left out."""
+    for target in LINK.findall(page.read_text()):
+        path = (page.parent / target).resolve()
+        if path.is_file() and path.suffix != ".md":
+            yield path
 
 
-def name_types() -> None:
-    """Has signatures tell the types of JAX by the names that the source uses, not by what they stand for."""
-    jax.Array.__module__, jax.Array.__qualname__ = "jax", "Array"
-    for name in ("ArrayLike", "DTypeLike"):
-        alias = typing.NewType(name, object)
-        alias.__module__ = "jax.typing"
-        setattr(jax.typing, name, alias)
+def collect(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", folder, ignore=shutil.ignore_patterns("*.py", "*.yml", "__pycache__"))
+    for page in (page for pattern in PAGES for page in ROOT.glob(pattern)):
+        for path in (page, *linked(page)):
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "out/api")
-    # Importing nir asks the system for its name, by a process that pdoc would keep from running.
-    os.environ["PDOC_ALLOW_EXEC"] = "1"
-    warnings.simplefilter("error")
-    name_types()
-    import pdoc
-
-    pdoc.render.configure(docformat="google")
-    pdoc.pdoc(*MODULES, output_directory=folder)
-    print(folder / "slif.html")
+    site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "out/site").resolve()
+    collect(ROOT / "out/pages")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    subprocess.run(
+        [*command, "--config-file", ROOT / "docs/mkdocs.yml", "--site-dir", site], check=True, env=environment
+    )
+    print(site / "index.html")
 
 
 if __name__ == "__main__":

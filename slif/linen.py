@@ -62,6 +62,7 @@ class _Layer(nn.Module):
 
 
 class _Neurons(_Layer, MechanismFields):
+    _: dataclasses.KW_ONLY
     thr: Numbers
     recurrent: bool = False
     recurrent_kernel_init: nn.initializers.Initializer = nn.initializers.orthogonal()
@@ -100,8 +101,8 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
         tau_m, thr: as in `slif.init_params`.
         resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
             j moves v by j in a step, which is what the usual initialisers of weights are made for.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist, thr_jitter, surrogate,
-            dtype: as in `slif.init_params`.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
+            `slif.init_params`; so are thr_jitter, surrogate and dtype.
         learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
             logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
             "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
@@ -131,6 +132,7 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
+        """One step: the carry after it, and the spikes [..., N] that the inputs [..., N] bring about."""
         return _layers.run_cell(self.slif_params(), self.dt, carry, inputs, self.feedback)
 
     def initialize_carry(self, rng: Array | None, input_shape: tuple[int, ...]) -> _layers.Carry:
@@ -165,8 +167,8 @@ class SLIF(_Neurons):
         tau_m, thr: as in `slif.init_params`.
         resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
             j moves v by j in a step, which is what the usual initialisers of weights are made for.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist, thr_jitter, surrogate,
-            dtype: as in `slif.init_params`.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
+            `slif.init_params`; so are thr_jitter, surrogate and dtype.
         learn, recurrent, recurrent_kernel_init: as in `SLIFCell`.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
 
@@ -190,6 +192,7 @@ class SLIF(_Neurons):
         (2, 3)
     """
 
+    _: dataclasses.KW_ONLY
     time_major: bool = True
 
     @overload
@@ -282,6 +285,7 @@ class LeakyIntegrator(_Layer):
         Array([1.    , 1.75  , 2.3125], dtype=float32)
     """
 
+    _: dataclasses.KW_ONLY
     time_major: bool = True
 
     def __post_init__(self):

@@ -121,8 +121,8 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
         tau_m, thr: as in `slif.init_params`.
         resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
             j moves v by j in a step, which is what the usual initialisers of weights are made for.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist, thr_jitter, surrogate,
-            dtype: as in `slif.init_params`.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
+            `slif.init_params`; so are thr_jitter, surrogate and dtype.
         learn: names of the parameters to train, as in `slif.linen.SLIFCell`.
         recurrent: add s @ recurrent_kernel, of the spikes of the step before, to the inputs.
         recurrent_kernel_init: initialiser of `recurrent_kernel` [N, N], an `nnx.Param`.
@@ -146,6 +146,7 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
+        """One step: the carry after it, and the spikes [..., N] that the inputs [..., N] bring about."""
         return _layers.run_cell(_params(self), self.dt, carry, inputs, _feedback(self))
 
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> _layers.Carry:
@@ -172,8 +173,8 @@ class SLIF(_Neurons):
     Args:
         features: the number of units, N.
         dt, tau_m, thr, resist_m, learn, recurrent, recurrent_kernel_init, rngs: as in `SLIFCell`.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist, thr_jitter, surrogate,
-            dtype: as in `slif.init_params`.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
+            `slif.init_params`; so are thr_jitter, surrogate and dtype.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
 
     Returns:
