@@ -38,7 +38,7 @@ class RuntimeSignatures(griffe.Extension):
 
 
 def parameters(found: Callable[..., Any], annotations: dict[str, Any]) -> griffe.Parameters:
-    """Those of the function; among keywords the required ones first, which a dataclass has in the order of its bases."""
+    """Of the function; among keywords the required ones first, which a dataclass has in the order of its bases."""
     given = [p for p in inspect.signature(found).parameters.values() if p.name not in ("parent", "name")]  # Flax's own
     return griffe.Parameters(
         *(

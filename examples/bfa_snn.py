@@ -257,6 +257,7 @@ def train(options: Any, digits: Digits, x_held: np.ndarray, y_held: np.ndarray) 
     shuffle = np.random.default_rng(options.seed)
     n_batches = len(digits.x_train) // options.batch_size
     history: list[Epoch] = []
+    kept = weights
     for epoch in range(options.epochs):
         rate = np.float32(options.rate * options.decay**epoch)
         epoch_key, correct, start = jax.random.fold_in(run_key, epoch), 0, time.perf_counter()
@@ -427,8 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = accuracy(init_cells(options.hidden), weights, digits.x_train, digits.y_train)
     print(f"weights of epoch {kept + 1}")
     print(f"train accuracy {told(trained)}")
-    if history[kept].validation:
-        print(f"validation accuracy {told(history[kept].validation)}")
+    if (validation := history[kept].validation) is not None:
+        print(f"validation accuracy {told(validation)}")
     print(f"test accuracy {told(history[kept].test)}")
     print(f"weights.npz and bfa_snn.png are in {options.out}")
 

@@ -27,7 +27,8 @@ def test_the_example_runs(example, tmp_path, capsys):
     # The equations, from one row to the next.
     np.testing.assert_allclose(v[1:k], v[: k - 1] + (1.2 - v[: k - 1]) / 20 * 0.5, atol=2e-3)
     np.testing.assert_allclose(thr[k] - thr[k - 1], 0.05, atol=2e-3)
-    assert u[k] > thr[k - 1] and v[k] == 0
+    assert u[k] > thr[k - 1]
+    assert v[k] == 0
     np.testing.assert_array_equal(u[:k], v[:k])
     assert (v[k : k + 6] == 0).all()
     assert v[k + 6] > 0
