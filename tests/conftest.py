@@ -93,6 +93,9 @@ def assert_agree(actual, expected, case=""):
             np.testing.assert_array_equal(actual[name], expected[name], err_msg=f"{case} {name}")
 
 
+# LLVM takes half of the time of a compilation: for what is compared to rounding only.
+jit_quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 # What no option of an example takes for a number.
 BAD_NUMBERS = ("inf", "nan", "1e30", f"{10**30}", "-1", "x", "")
 

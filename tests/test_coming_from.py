@@ -10,9 +10,15 @@ from test_checkpoint import make_cell
 GUIDE = ROOT / "examples" / "coming_from.md"
 
 
-@pytest.fixture
-def names(tmp_path, monkeypatch):
-    return run_code(GUIDE, tmp_path, monkeypatch)
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run_code(GUIDE, tmp_path_factory.mktemp("guide"), monkeypatch)
+
+
+def test_every_neuron_fires(names):
+    for name in ("snntorch_run", "spikingjelly_run", "norse_box_run", "norse_lif_run", "jaxpike_run"):
+        assert 0.01 < names[name](names["x"]).mean() < 0.9
 
 
 def agree(run, x, theirs):

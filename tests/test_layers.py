@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_agree, assert_same
+from conftest import assert_agree, assert_same, jit_quickly
 from flax import linen as nn
 from flax import nnx, serialization
 
@@ -227,7 +227,7 @@ def test_the_options_of_simulate(framework):
     assert_same(spikes, layer.call(layer.variables, x) > 0)
 
     def loss(call):
-        return jax.grad(lambda x: call(x).sum())(x)
+        return jit_quickly(jax.grad(lambda x: call(x).sum()))(x)
 
     expected = loss(lambda x: plain(params, x, checkpoint_every=4)[1]["s"])
     actual = loss(lambda x: layer.call(layer.variables, x, checkpoint_every=4))
@@ -244,8 +244,18 @@ def test_initial_state(framework):
     assert_same(layer(x[20:], initial_state=middle), expected)
 
 
-@pytest.mark.parametrize("hyper", [{}, {"thr_gain": 0.013}], ids=["fixed", "adaptive"])
-@pytest.mark.parametrize("kind", ["SLIF", "SLIFCell"])
+FIXED, ADAPTIVE = {}, {"thr_gain": 0.013}
+
+
+@pytest.mark.parametrize(
+    ("framework", "kind", "hyper"),
+    [
+        ("linen", "SLIF", FIXED),
+        ("linen", "SLIFCell", ADAPTIVE),
+        ("nnx", "SLIFCell", FIXED),
+        ("nnx", "SLIF", ADAPTIVE),
+    ],
+)
 def test_learned_thresholds_act_and_train_in_every_window(framework, kind, hyper):
     """A window that goes on from a state takes the thresholds of params, unless they adapt: then the state's count."""
     x = currents(8, B, N)
@@ -302,9 +312,9 @@ def test_gradients_are_those_of_the_plain_functions(framework):
     x = currents()
     layer = make(framework, **LEARN_ALL | {"learn": tuple(n for n in LEARN_ALL["learn"] if n != "rho_b"), "rho_b": 0.0})
     weights = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
-    gradients = jax.jit(jax.grad(lambda variables: (layer.call(variables, x) * weights).sum()))(layer.variables)
+    gradients = jit_quickly(jax.grad(lambda variables: (layer.call(variables, x) * weights).sum()))(layer.variables)
     params = layer.params(layer.variables)
-    expected = jax.jit(jax.grad(lambda params: (plain(params, x)[1]["s"] * weights).sum()))(params)
+    expected = jit_quickly(jax.grad(lambda params: (plain(params, x)[1]["s"] * weights).sum()))(params)
     found = layer.trained(gradients)
     assert len(found) == 7
     for stored, gradient in found.items():
@@ -322,7 +332,7 @@ def test_no_gradient_reaches_what_is_only_stored(framework):
     def loss(variables):
         return layer.call(variables, x).sum()
 
-    for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(layer.variables)):
+    for leaf in jax.tree.leaves(jit_quickly(jax.grad(loss))(layer.variables)):
         assert_same(leaf, np.zeros_like(leaf))
     assert not layer.trained(layer.variables)
 
@@ -352,7 +362,7 @@ def test_a_parameter_beyond_its_bound_comes_back(framework, stored):
         lambda path, leaf: jnp.full_like(leaf, stored) if "logscale" in jax.tree_util.keystr(path) else leaf,
         layer.variables,
     )
-    gradient = jax.grad(lambda variables: jnp.log(layer.params(variables).tau_m))(variables)
+    gradient = jit_quickly(jax.grad(lambda variables: jnp.log(layer.params(variables).tau_m)))(variables)
     (slope,) = layer.trained(gradient).values()
     np.testing.assert_allclose(slope, 1, rtol=1e-5)
     np.testing.assert_allclose(
@@ -394,29 +404,23 @@ def test_weight_decay_leaves_stored_thresholds_alone(framework):
 
 
 def test_checkpoint_by_bytes(framework):
-    x = currents()
     layer, other = (make(framework, seed=seed, **LAYERS["everything"]) for seed in (0, 1))
     pure = nnx.to_pure_dict if framework == "nnx" else lambda variables: variables
     restored = serialization.from_bytes(pure(other.variables), serialization.to_bytes(pure(layer.variables)))
     if framework == "nnx":
         nnx.replace_by_pure_dict(other.variables, restored)
         restored = other.variables
-    other = other._replace(variables=restored)
-    assert_same(other.params(other.variables), layer.params(layer.variables))
-    assert_same(other(x), layer(x))
+    assert_same(restored, layer.variables)
 
 
 def test_checkpoint_by_orbax(framework, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
-    x = currents()
     layer, other = (make(framework, seed=seed, **LAYERS["everything"]) for seed in (0, 1))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "model", layer.variables)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "model", other.variables)
-    other = other._replace(variables=restored)
-    assert_same(other.params(other.variables), layer.params(layer.variables))
-    assert_same(other(x), layer(x))
+    assert_same(restored, layer.variables)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

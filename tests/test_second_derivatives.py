@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import enable_x64
+from conftest import enable_x64, jit_quickly
 from jax import lax
 
 import slif
@@ -178,7 +178,7 @@ def test_every_order_is_that_of_a_loop_by_hand(name):
         numbers = numbers_of(case)
         d = dict(zip(numbers, np.random.default_rng(1).uniform(0.5, 1.5, len(numbers)), strict=True))
 
-        @jax.jit
+        @jit_quickly
         def products(numbers):
             expected = ORDERS["forward over reverse"](hand, d)(numbers)
             return {order: ORDERS[order](ours, d)(numbers) for order in CHOSEN[name]}, expected
@@ -194,11 +194,11 @@ def test_every_order_is_that_of_a_loop_by_hand(name):
 def test_slopes_differentiate_as_their_integrals_do():
     x = np.linspace(-1.4, 1.4, 16)  # off the kinks at 0 and 1
     with enable_x64():
-        first, second = (
-            jax.jit(lambda x, n=n: [jax.vmap(derivative(f, n))(x) for f in INTEGRALS.values()])(x) for n in (1, 2)
-        )
+        first, second = jit_quickly(
+            lambda x: [[jax.vmap(derivative(f, n))(x) for f in INTEGRALS.values()] for n in (1, 2)]
+        )(x)
         slopes = {name: getattr(slif, name)() for name in INTEGRALS}
-        ours = jax.jit(lambda x: [(slope(x), jax.vmap(jax.grad(slope))(x)) for slope in slopes.values()])(x)
+        ours = jit_quickly(lambda x: [(slope(x), jax.vmap(jax.grad(slope))(x)) for slope in slopes.values()])(x)
     for name, (slope, change), one, two in zip(INTEGRALS, ours, first, second, strict=True):
         np.testing.assert_allclose(slope, one, rtol=1e-9, atol=1e-12, err_msg=name)
         np.testing.assert_allclose(change, two, rtol=1e-9, atol=1e-12, err_msg=name)
