@@ -1,5 +1,6 @@
 """Feedback: the spikes of a step add to the currents of the next, through a matrix."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -57,68 +58,75 @@ def by_steps(params, currents, weights, state=None, valid=None):
     return jax.lax.scan(body, state, (jnp.arange(len(currents)).astype(jnp.float32), currents, valid))
 
 
+@functools.cache
+def run_with_gradients(case):
+    """In float64: params, currents and weights, what `simulate` gives, and the gradients of a weighted sum."""
+    with enable_x64():
+        arguments = make(case, np.float64)
+        rng = np.random.default_rng(1)
+        bars = {name: rng.normal(size=arguments[1].shape) for name in ("s", "v", "thr", "j")}
+
+        @jax.jit
+        @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+        def pull(params, currents, weights):
+            out = slif.simulate(params, None, currents, dt=DT, record=FIELDS, feedback=weights)[1]
+            return sum((out[name] * bar).sum() for name, bar in bars.items()), out
+
+        gradients, out = jax.device_get(pull(*arguments))
+        return *arguments, bars, out, gradients
+
+
+def numbers_of(params):
+    return {name: np.float64(x) for name, x in vars(params).items() if isinstance(x, jax.Array)}
+
+
 @cases
 def test_values_are_those_of_a_loop_in_numpy(case):
-    with enable_x64():
-        params, currents, weights = make(case, np.float64)
-        numbers = {name: np.float64(x) for name, x in vars(params).items() if isinstance(x, jax.Array)}
-        static = {name: getattr(params, name) for name in STATIC}
-        cell = oracle.Cell(**numbers, **static, feedback=np.asarray(weights))
-        _, out = slif.simulate(params, None, currents, dt=DT, record=FIELDS, feedback=weights)
-        expected = oracle.run(cell, currents, DT)
-        for name in set(FIELDS) - ({"surrogate"} if params.surrogate.wrt == "voltage" else set()):
-            np.testing.assert_allclose(out[name], expected[name], rtol=1e-12, atol=1e-13, err_msg=name)
-        assert 0.05 < out["s"].mean() < 0.9
-        assert (out["s"] != slif.simulate(params, None, currents, dt=DT)[1]["s"]).any()
+    params, currents, weights, _, out, _ = run_with_gradients(case)
+    static = {name: getattr(params, name) for name in STATIC}
+    cell = oracle.Cell(**numbers_of(params), **static, feedback=np.asarray(weights))
+    expected = oracle.run(cell, currents, DT)
+    for name in set(FIELDS) - ({"surrogate"} if params.surrogate.wrt == "voltage" else set()):
+        np.testing.assert_allclose(out[name], expected[name], rtol=1e-12, atol=1e-13, err_msg=name)
+    assert 0.05 < out["s"].mean() < 0.9
+    assert (out["s"] != oracle.run(dataclasses.replace(cell, feedback=None), currents, DT)["s"]).any()
 
 
 @cases
 def test_gradients_are_those_of_the_loop_by_hand(case):
-    with enable_x64():
-        params, currents, weights = make(case, np.float64)
-        rng = np.random.default_rng(1)
-        bars = {name: rng.normal(size=currents.shape) for name in ("s", "v", "thr", "j")}
-
-        @jax.jit
-        def pull(params, currents, weights):
-            def forward(params, currents, weights):
-                out = slif.simulate(params, None, currents, dt=DT, record=tuple(bars), feedback=weights)[1]
-                return sum((out[name] * bar).sum() for name, bar in bars.items())
-
-            return jax.grad(forward, (0, 1, 2))(params, currents, weights)
-
-        numbers = {name: np.float64(x) for name, x in vars(params).items() if isinstance(x, jax.Array)}
-        thr, kind = numbers.pop("thr"), "secant" if params.surrogate.wrt == "current" else "arctan"
-        slopes = {name: np.float64(x) for name, x in params.surrogate.numbers.items()}
-        cell = oracle_grad.Cell(
-            slope=functools.partial(oracle_grad.SLOPES[kind], **slopes),
-            **numbers,
-            sticky_spikes=params.sticky_spikes,
-            reset=params.reset,
-            detach_reset=params.surrogate.detach_reset,
-            feedback=np.asarray(weights),
-        )
-        rest = oracle.rest(oracle.Cell(1, 1, thr, refract_time=cell.refract_time), currents.shape[1:])
-        steps, _ = oracle_grad.run(cell, rest, np.asarray(currents), DT)
-        backward = oracle_grad.backward_current if kind == "secant" else None
-        expected = backward(cell, steps, bars) if backward else oracle_grad.backward_voltage(cell, steps, bars, DT)
-        of_params, of_currents, of_weights = pull(params, currents, weights)
-        np.testing.assert_allclose(of_weights, expected["feedback"], rtol=1e-9, atol=1e-10)
-        np.testing.assert_allclose(of_currents, expected["currents"], rtol=1e-9, atol=1e-10)
-        np.testing.assert_allclose(of_params.resist_m, np.sum(expected["resist_m"]), rtol=1e-9)
-        assert np.abs(expected["feedback"]).max() > 0.1
+    params, currents, weights, bars, _, (of_params, of_currents, of_weights) = run_with_gradients(case)
+    numbers = numbers_of(params)
+    thr, kind = numbers.pop("thr"), "secant" if params.surrogate.wrt == "current" else "arctan"
+    slopes = {name: np.float64(x) for name, x in params.surrogate.numbers.items()}
+    cell = oracle_grad.Cell(
+        slope=functools.partial(oracle_grad.SLOPES[kind], **slopes),
+        **numbers,
+        sticky_spikes=params.sticky_spikes,
+        reset=params.reset,
+        detach_reset=params.surrogate.detach_reset,
+        feedback=np.asarray(weights),
+    )
+    rest = oracle.rest(oracle.Cell(1, 1, thr, refract_time=cell.refract_time), currents.shape[1:])
+    steps, _ = oracle_grad.run(cell, rest, np.asarray(currents), DT)
+    if kind == "secant":
+        expected = oracle_grad.backward_current(cell, steps, bars)
+    else:
+        expected = oracle_grad.backward_voltage(cell, steps, bars, DT)
+    np.testing.assert_allclose(of_weights, expected["feedback"], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(of_currents, expected["currents"], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(of_params.resist_m, np.sum(expected["resist_m"]), rtol=1e-9)
+    assert np.abs(expected["feedback"]).max() > 0.1
 
 
-@cases
-def test_simulate_is_a_loop_of_step(case):
+@pytest.mark.parametrize(("case", "masked"), [("plain", True), ("everything", False), ("soft", True)])
+def test_simulate_is_a_loop_of_step(case, masked):
     params, currents, weights = make(case)
-    valid = np.arange(T)[:, None] < [T, 11, 0]
-    for mask in (None, valid):
-        final, out = slif.simulate(params, None, currents, dt=DT, record=FIELDS, feedback=weights, valid=mask)
-        expected_final, expected = jax.jit(by_steps)(params, currents, weights, valid=mask)
-        shown = expected | ({} if mask is None else {"s": np.where(mask[..., None], expected["s"], 0)})
-        assert_agree(out, shown)
-        assert_agree(vars(final), vars(expected_final))
+    mask = np.arange(T)[:, None] < [T, 11, 0] if masked else None
+    final, out = slif.simulate(params, None, currents, dt=DT, record=FIELDS, feedback=weights, valid=mask)
+    expected_final, expected = jax.jit(by_steps)(params, currents, weights, valid=mask)
+    shown = expected | ({"s": np.where(mask[..., None], expected["s"], 0)} if masked else {})
+    assert_agree(out, shown)
+    assert_agree(vars(final), vars(expected_final))
 
 
 def test_every_way_of_calling_is_the_same():
@@ -233,8 +241,7 @@ def test_a_resistance_that_follows_tau_m():
     assert own.resist_m == np.float32(1.5)
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
-@pytest.mark.parametrize("time_major", [True, False])
+@pytest.mark.parametrize(("framework", "time_major"), [("linen", True), ("nnx", False)])
 def test_leaky_integrators(framework, time_major):
     x = jnp.asarray(make_currents((T, BATCH, N_UNITS)))
     options = {"dt": 0.5, "tau_m": 6.0, "learn": ("tau_m",), "time_major": time_major}

@@ -1,7 +1,7 @@
 """The fused kernels against the scan: values, final states and gradients in the interpreter, and code for a GPU.
 
 The interpreter's programs take long to compile, each step of a block anew. So what is not about blocks runs for a step
-or two, from a state in the middle of a run.
+or two, from a state in the middle of a run. Code for GPUs is made of shapes alone.
 """
 
 from types import SimpleNamespace
@@ -39,7 +39,16 @@ FUSED = [name for name in MECHANISMS if name not in ("sparsity", "inhibition", "
 MIXED = [name for name in MECHANISMS if name not in FUSED]
 UNITS = {"tau_m": np.linspace(5, 30, 50), "resist_m": np.linspace(1, 2, 50), "refract_time": np.linspace(0, 2, 50)}
 EVERYTHING = {"thr_gain": 0.02, "thr_leak": 0.01, "sticky_spikes": True, **UNITS}
-VOLTAGE = [kind for kind in BUILT_IN if BUILT_IN[kind].wrt == "voltage"]
+VOLTAGE = [surrogate for surrogate in BUILT_IN.values() if surrogate.wrt == "voltage"]
+ENDS = np.linspace(-0.7, 0.3, len(VOLTAGE) - 1, dtype=np.float32).tolist()
+
+
+def each_in_turn(x):
+    """The slopes of all kinds in one program, each between two distances of its own."""
+    h, *others = (surrogate.slope(x, **surrogate.numbers) for surrogate in VOLTAGE)
+    for end, other in zip(ENDS, others, strict=True):
+        h = jnp.where(x < end, h, other)
+    return h
 
 
 def run(params, currents, implementation="pallas", state=None, **options):
@@ -71,23 +80,26 @@ def weights(tree, seed=1):
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), tree)
 
 
-def gradients(params, currents, implementation, **options):
-    """Of a sum over everything that has a gradient, with respect to everything that could have one."""
+def values_and_gradients(params, currents, implementation, **options):
+    """What `simulate` gives, and the gradients of a sum over all of it by everything that could have one."""
 
     def loss(params, state, currents, dt):
         final, out = slif.simulate(params, state, currents, dt=dt, implementation=implementation, **options)
         terms = {**vars(final), **{"out_" + name: x for name, x in out.items() if x.dtype == jnp.float32}}
         terms.pop("out_first_spike_time", None)
         bars = weights(jax.eval_shape(lambda: terms))
-        return sum(jnp.vdot(x, bar) for x, bar in ((terms[name], bars[name]) for name in terms))
+        return sum(jnp.vdot(x, bar) for x, bar in ((terms[name], bars[name]) for name in terms)), (vars(final), out)
 
     state = make_state(params, currents.shape[1:-1])
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(params, state, jnp.asarray(currents), jnp.float32(DT))
+    bars, values = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(params, state, currents, jnp.float32(DT))
+    return values, bars
 
 
-def assert_gradients_are_those_of_the_scan(params, currents, **options):
-    both = jax.jit(lambda *x: [gradients(*x, which, **options) for which in ("pallas", "xla")])
-    actual, expected = both(params, currents)
+def assert_values_and_gradients_are_those_of_the_scan(params, currents, **options):
+    both = jax.jit(lambda *x: [values_and_gradients(*x, which, **options) for which in ("pallas", "xla")])
+    (values, actual), (expected_values, expected) = both(params, jnp.asarray(currents))
+    for value, expected_value in zip(values, expected_values, strict=True):
+        assert_agree(value, expected_value)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4), actual, expected)
     assert all(jnp.any(x) for x in (expected[0].tau_m, expected[1].v, *expected[2:]))
 
@@ -102,21 +114,16 @@ def masks(currents, seed=3):
 
 def test_all_that_the_scan_gives():
     currents, options = make_currents((2, 3, 11)), {"record": ("u", *RECORDS), "t0": 3.0}
-    masked = {"plain": False, "sticky": True, "leak": False, "soft": True, "voltage": False}
     assert_like_the_scan(
-        *((make_params(name), currents, masks(currents) if mask else None, options) for name, mask in masked.items())
+        (make_params("plain"), currents, None, options),
+        (make_params("sticky", thr_gain=0.02, thr_leak=0.01), currents, masks(currents), options),
     )
-
-
-def test_blocks_of_units_of_their_own():
-    params, currents = make_params("voltage", 50, **EVERYTHING), make_currents((17, 3, 50))
-    assert_like_the_scan((params, currents, masks(currents), {"record": ("s", "u", "v", *SUMMARIES)}))
 
 
 def test_any_shape():
     """Around a block's length, and around a tile's width."""
-    shapes = [(1, 1), (8, 1, 128), (9, 257), (17, 2, 2, 33)]
-    assert_like_the_scan(*((make_params("sticky", n_units=s[-1]), make_currents(s), None, {}) for s in shapes))
+    shapes = [(1, 1), (8, 1, 128), (9, 257)]
+    assert_like_the_scan(*((make_params(n_units=s[-1]), make_currents(s), None, {}) for s in shapes))
 
 
 def test_any_dtype():
@@ -139,58 +146,53 @@ def test_any_dtype():
         assert_agree(out | {"s": np.asarray(out["s"], np.float32)}, expected, case)
 
 
-def test_a_split_run_is_the_whole_run():
-    params, currents = make_params("voltage", sticky_spikes=True), make_currents((2, 3, 11))
-    whole_state, whole = run(params, currents, "xla")
-    state, first = run(params, currents[:1])
-    state, second = run(params, currents[1:], state=state, t0=DT)
-    assert_agree(vars(state), vars(whole_state))
-    np.testing.assert_array_equal(jnp.concatenate([first["s"], second["s"]]), whole["s"])
+def test_values_and_gradients_of_the_voltage_surrogate():
+    params = make_params("plain", 50, surrogate=slif.arctan(), reset="subtract", **EVERYTHING)
+    record = ("u", *RECORDS)
+    assert_values_and_gradients_are_those_of_the_scan(params, make_currents((2, 3, 50)), record=record, t0=3.0)
 
 
-def test_gradients_are_those_of_the_scan():
-    params = make_params("plain", 50, surrogate=slif.arctan(), **EVERYTHING)
-    record = ("s", "u", "v", "thr", "j", *SUMMARIES)
-    assert_gradients_are_those_of_the_scan(params, make_currents((2, 3, 50)), record=record)
-
-
-def test_gradients_of_blocks_are_those_of_the_scan():
-    params = make_params("plain", 50, surrogate=slif.arctan(detach_reset=False), **EVERYTHING | {"resist_m": 1.5})
-    currents = make_currents((17, 3, 50))
-    assert_gradients_are_those_of_the_scan(params, currents, record=("s", "u"), valid=masks(currents))
+def test_values_and_gradients_of_blocks():
+    params = make_params("refractory", 33, surrogate=slif.arctan(detach_reset=False), thr_gain=0.02)
+    currents = make_currents((17, 2, 2, 33))
+    record = ("s", "u", *SUMMARIES)
+    assert_values_and_gradients_are_those_of_the_scan(params, currents, record=record, valid=masks(currents))
 
 
 def test_the_gradient_of_a_step_is_the_slope():
     """Without the scan: d s/d j = g(u - thr) resist_m dt / tau_m."""
-    cells = {kind: make_params("plain", 50, surrogate=BUILT_IN[kind]) for kind in VOLTAGE}
-    currents = jnp.asarray(make_currents((1, 50)))
-    state = make_state(cells["arctan"], ())
+    params, currents = (
+        make_params("plain", 50, surrogate=slif.custom(each_in_turn)),
+        jnp.asarray(make_currents((1, 50))),
+    )
+    state = make_state(params, ())
 
-    def value_and_pull(params, x):
+    @jax.jit
+    def value_and_pull(x):
         (final, out), pull = jax.vjp(lambda x: run(params, x, state=state, record=("s", "u")), x)
         bar = jax.tree.map(jnp.zeros_like, (final, out))
         bar[1]["s"] = jnp.ones_like(out["s"])
-        return final, params.surrogate(out["u"][0] - final.thr), *pull(bar)
+        return final, out["u"][0] - final.thr, *pull(bar)
 
-    each = jax.jit(lambda cells, x: {kind: value_and_pull(params, x) for kind, params in cells.items()})
-    for kind, (final, slope, d_currents) in each(cells, currents).items():
-        np.testing.assert_allclose(final.surrogate, slope, rtol=1e-5, atol=1e-30, err_msg=kind)
-        expected = slope * 1.5 * DT / 20
-        np.testing.assert_allclose(d_currents[0], expected, rtol=1e-5, atol=1e-30, err_msg=kind)
+    final, distances, d_currents = value_and_pull(currents)
+    slope = np.array(jax.jit(each_in_turn)(distances))
+    assert len(np.unique(np.digitize(distances[slope > 0], ENDS))) == len(VOLTAGE)
+    np.testing.assert_allclose(final.surrogate, slope, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(d_currents[0], slope * 1.5 * DT / 20, rtol=1e-5, atol=1e-30)
 
 
 def test_gradients_of_the_secant_are_those_of_the_scan():
-    params, currents = make_params("sticky", 50), jnp.asarray(make_currents((2, 2, 50)))
-    state = make_state(params, (2,))
+    params, currents = make_params("sticky"), jnp.asarray(make_currents((2, 2, 11)))
 
-    def both_modes(implementation):
-        def raster(x):
-            return run(params, x, implementation, state)[1]["s"]
+    @jax.jit
+    def both_modes(params, currents):
+        def of(implementation):
+            along = jax.jvp(lambda x: run(params, x, implementation)[1]["s"], (currents,), (weights(currents),))
+            return along, values_and_gradients(params, currents, implementation)[1]
 
-        along = jax.jvp(raster, (currents,), (weights(currents),))
-        return along, gradients(params, currents, implementation)
+        return of("pallas"), of("xla")
 
-    (along, actual), (expected_along, expected) = (jax.jit(both_modes, static_argnums=0)(x) for x in ("pallas", "xla"))
+    (along, actual), (expected_along, expected) = both_modes(params, currents)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
     jax.tree.map(np.testing.assert_array_equal, along, expected_along)
 
@@ -267,7 +269,7 @@ def test_slopes_that_call_functions():
     for name, (apart, whole) in both.items():
         np.testing.assert_allclose(apart, whole, rtol=1e-6, err_msg=name)
     slope = slif.custom(lambda x: sum(slope(x) for slope in CALLS.values()))
-    assert_gradients_are_those_of_the_scan(make_params("sticky", surrogate=slope), make_currents((1, 11)))
+    assert_values_and_gradients_are_those_of_the_scan(make_params(surrogate=slope), make_currents((1, 2, 11)))
 
 
 @pytest.mark.parametrize("name", [*LOOPS, *MIXING])
@@ -286,12 +288,15 @@ def test_slopes_of_anything_else_are_refused_by_name_and_scanned_otherwise(monke
 
 def test_a_slope_with_a_loop_is_scanned_where_nobody_asks():
     looped, _ = LOOPS["fori_loop"]
-    currents = make_currents((2, 11))
-    actual, expected = (
-        gradients(make_params("sticky", surrogate=slif.custom(slope)), currents, None)
-        for slope in (looped, lambda x: 4 * x)
-    )
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5), actual[1:], expected[1:])
+
+    def gradient(slope, x):
+        params = make_params("sticky", surrogate=slif.custom(slope))
+        return jax.grad(lambda x: run(params, x, None)[1]["s"].sum())(x)
+
+    both = jax.jit(lambda x: [gradient(slope, x) for slope in (looped, lambda x: 4 * x)])
+    actual, expected = both(make_currents((2, 11)))
+    assert expected.any()
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("array", [jnp.float32(2), np.ones(11, np.float32)])
@@ -301,57 +306,62 @@ def test_slopes_that_close_over_arrays_are_refused(array):
         run(params, make_currents((2, 11)))
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_inlining_leaves_loops_and_branches_whole(name):
-    slope, _ = LOOPS[name]
-    x = jnp.linspace(0.5, 3, 7)
-    np.testing.assert_allclose(jax.jit(inline_jaxpr(slope))(x), slope(x), rtol=1e-6)
+def test_inlining_leaves_loops_and_branches_whole():
+    both = jax.jit(lambda x: {name: (inline_jaxpr(slope)(x), slope(x)) for name, (slope, _) in LOOPS.items()})
+    for name, (apart, whole) in both(jnp.linspace(0.5, 3, 7)).items():
+        np.testing.assert_allclose(apart, whole, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
-def test_a_slope_taken_apart_is_the_slope(kind):
+def test_a_slope_taken_apart_is_the_slope():
     def value_and_pull(surrogate, x, bar):
         return surrogate(x), jax.vjp(lambda x: attach(jnp.isfinite(x).astype(x.dtype), x, surrogate(x)), x)[1](bar)
 
-    arguments = BUILT_IN[kind], jnp.linspace(-3, 3, 65), jnp.linspace(1, 2, 65)
-    assert obstacle(lambda surrogate, x, _: surrogate(x), *arguments) is None
-    actual, expected = (jax.jit(f)(*arguments) for f in (inline_jaxpr(value_and_pull), value_and_pull))
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), actual, expected)
+    x, bar = jnp.linspace(-3, 3, 65), jnp.linspace(1, 2, 65)
+    for surrogate in BUILT_IN.values():
+        assert obstacle(lambda surrogate, x: surrogate(x), surrogate, x) is None
+
+    @jax.jit
+    def both(surrogates, x, bar):
+        return {
+            kind: [f(surrogate, x, bar) for f in (inline_jaxpr(value_and_pull), value_and_pull)]
+            for kind, surrogate in surrogates.items()
+        }
+
+    for kind, (actual, expected) in both(BUILT_IN, x, bar).items():
+        jax.tree.map(
+            lambda a, e, kind=kind: np.testing.assert_allclose(a, e, rtol=1e-6, err_msg=kind), actual, expected
+        )
 
 
-@pytest.mark.parametrize("surrogate", ["secant", "arctan"])
-def test_vmap_over_parameters_is_a_loop(surrogate):
-    params, currents = make_params("sticky", surrogate=getattr(slif, surrogate)()), jnp.asarray(make_currents((2, 11)))
-    taus, state = jnp.array([5.0, 10.0, 20.0]), make_state(params, ())
-
-    def one(tau):
-        value, pull = jax.vjp(lambda x: run(params.replace(tau_m=tau), x, state=state)[1]["s"], currents)
-        return value, pull(jnp.ones_like(value))[0]
-
-    s, bar = jax.jit(jax.vmap(one))(taus)
-    for k, expected in enumerate(map(jax.jit(one), taus)):
-        np.testing.assert_array_equal(s[k], expected[0])
-        np.testing.assert_allclose(bar[k], expected[1], rtol=1e-5)
-
-
-def test_nested_vmaps_are_loops():
-    params, x = make_params("sticky"), make_currents((2, 2, 11))
-    taus, scales, valid = np.float32([5, 10, 20]), np.float32([1, 0.5]), masks(x)
-    state = make_state(params, ())
+def test_vmaps_are_loops():
+    """Over parameters and, within, over currents and masks; values and gradients."""
+    kinds, x = (
+        [make_params("sticky", surrogate=make()) for make in (slif.secant, slif.arctan)],
+        make_currents((1, 2, 11)),
+    )
+    taus, scales, valid = np.float32([5, 10, 20]), np.float32([1, 0.5]), np.array([[True, False]])
+    state = make_state(kinds[0], ())
 
     @jax.jit
     def one(tau, x, valid):
-        return run(params.replace(tau_m=tau), x, state=state, valid=valid)[1]["s"]
+        def rasters(x):
+            return [run(params.replace(tau_m=tau), x, state=state, valid=valid)[1]["s"] for params in kinds]
+
+        s, pull = jax.vjp(rasters, x)
+        return s, *pull(jax.tree.map(jnp.ones_like, s))
 
     def scaled(tau, scale):
-        return jax.vmap(one, (None, 1, 1), 2)(tau, scale * x, valid)
+        return jax.vmap(one, (None, 1, 1))(tau, scale * x, valid)
 
-    s = jax.jit(jax.vmap(lambda tau: jax.vmap(lambda scale: scaled(tau, scale))(scales)))(taus)
+    s, bar = jax.jit(jax.vmap(lambda tau: jax.vmap(lambda scale: scaled(tau, scale))(scales)))(taus)
     for n, tau in enumerate(taus):
         for k, scale in enumerate(scales):
             for row in range(2):
-                expected = one(tau, np.float32(scale) * x[:, row], valid[:, row])
-                np.testing.assert_array_equal(s[n, k, :, :, row], expected)
+                expected, expected_bar = one(tau, scale * x[:, row], valid[:, row])
+                jax.tree.map(lambda a, e, at=(n, k, row): np.testing.assert_array_equal(a[at], e), s, expected)
+                np.testing.assert_allclose(bar[n, k, row], expected_bar, rtol=1e-5)
+    assert bar[:, :, 0].any()
+    assert not bar[:, :, 1].any()
 
 
 def on_a_gpu(monkeypatch, kind, capability, version):
@@ -383,7 +393,7 @@ def fuses(params, currents, spike_dtype="float32"):
 )
 def test_cards_and_releases(monkeypatch, kind, capability, version, why):
     on_a_gpu(monkeypatch, kind, capability, version)
-    params, currents = make_params(n_units=7), make_currents((3, 2, 7))
+    params, currents = make_params(), make_currents((3, 2, 11))
     assert fuses(params, currents) == (why is None)
     if why is None:
         assert kernels.unfit() is None
@@ -395,7 +405,7 @@ def test_cards_and_releases(monkeypatch, kind, capability, version, why):
 def test_what_stands_in_for_the_kernels_under_x64(monkeypatch):
     """params in float32 stay in it where JAX's own arrays would be float64."""
     on_a_gpu(monkeypatch, "NVIDIA H100", "9.0", (0, 12, 0))
-    params, x = make_params("gain", 7, surrogate=slif.arctan()), make_currents((3, 7))
+    params, x = make_params("gain", surrogate=slif.arctan()), make_currents((3, 11))
     with enable_x64():
         gradient, state = jax.grad(lambda x: (lambda r: (r[1]["s"].sum(), r[0]))(run(params, x, None)), has_aux=True)(x)
         expected = run(params, x, "xla")[0]
@@ -405,18 +415,17 @@ def test_what_stands_in_for_the_kernels_under_x64(monkeypatch):
 
 def test_a_cpu_beside_a_gpu_scans(monkeypatch):
     """With a GPU by default, a program for the CPU takes the scan: nothing of it runs in the interpreter."""
-    x = make_currents((9, 3, 7))
-    options = {"record": ("s", "u", "spike_count", "s_packed"), "valid": masks(x)}
-    secant, arctan = (make_params("sticky", 7, surrogate=make(), thr_gain=0.1) for make in (slif.secant, slif.arctan))
-    state = make_state(secant, (3,))
+    x = make_currents((9, 3, 11))
+    valid, record = masks(x), ("s", "u", "spike_count", "s_packed")
+    secant, arctan = (make_params("sticky", surrogate=make(), thr_gain=0.1) for make in (slif.secant, slif.arctan))
 
     def both(implementation):
         def raster(x):
-            return run(arctan, x, implementation, state, **options)[1]["s"]
+            return run(arctan, x, implementation, valid=valid)[1]["s"]
 
         def values_and_gradient(x):
             s, pull = jax.vjp(raster, x)
-            return run(secant, x, implementation, state, **options), pull(weights(s))
+            return run(secant, x, implementation, valid=valid, record=record), pull(weights(s))
 
         return jax.jit(values_and_gradient)
 
@@ -429,13 +438,13 @@ def test_a_cpu_beside_a_gpu_scans(monkeypatch):
 
 def test_shapes_that_jax_export_names_are_scanned(monkeypatch):
     on_a_gpu(monkeypatch, "NVIDIA H100", "9.0", (0, 12, 0))
-    params, shape = make_params(n_units=7), jax.export.symbolic_shape("T, B")
+    params, shape = make_params(), jax.export.symbolic_shape("T, B")
 
     def raster(x):
         return slif.simulate(params, slif.init_state(params, x.shape[1:-1]), x, dt=DT)[1]["s"]
 
     for lead, fused_too in (((5, 2), True), (shape, False)):
-        x = jax.ShapeDtypeStruct((*lead, 7), jnp.float32)
+        x = jax.ShapeDtypeStruct((*lead, 11), jnp.float32)
         module = jax.export.export(jax.jit(raster), platforms=["cuda"])(x).mlir_module()
         assert ("mosaic_gpu" in module) == fused_too
 
@@ -449,13 +458,18 @@ def test_what_it_cannot_do_is_refused_by_name_and_scanned_otherwise(monkeypatch)
         ({}, currents, {"spike_dtype": "int16"}, "spike_dtype int16"),
         ({}, currents[:0], {}, "empty"),
     ]
-    for arguments, x, options, message in cases:
+    cases = [(make_params(**arguments), *rest) for arguments, *rest in cases]
+    for params, x, options, message in cases:
         with pytest.raises(NotImplementedError, match=message):
-            run(make_params(**arguments), x, **options)
+            run(params, x, **options)
     on_a_gpu(monkeypatch, "NVIDIA H100", "9.0", (0, 12, 0))
     assert fuses(make_params(), currents)
-    for arguments, x, options, _ in cases:
-        assert not fuses(make_params(**arguments), x, **options)
+    for params, x, options, _ in cases:
+        assert not fuses(params, x, **options)
+
+
+def shape_of_params(*arguments, **overrides):
+    return jax.eval_shape(lambda: make_params(*arguments, **overrides))
 
 
 class TestCode:
@@ -471,13 +485,17 @@ class TestCode:
     def lower_gradient(self, params, x):
         return self.lower(jax.grad(lambda p, x: self.run(p, x)["s"].sum(), argnums=(0, 1)), params, x)
 
-    # Both widths of a tile.
+    # With blocks or the steps after them alone, and both widths of a tile.
     @pytest.mark.parametrize(
-        ("mechanism", "n_units"),
-        [*((name, 111) for name in FUSED), ("sticky", 2**17), ("voltage", 2**17), ("voltage", 2**17 + 1)],
+        ("mechanism", "n_units", "n_steps"),
+        [
+            *((name, 111, 1) for name in FUSED if name not in ("sticky", "voltage")),
+            *((name, 2**17, 9) for name in ("sticky", "voltage")),
+            ("voltage", 2**17 + 1, 1),
+        ],
     )
-    def test_forwards_and_backwards(self, mechanism, n_units):
-        params, currents = make_params(mechanism, n_units), jax.ShapeDtypeStruct((11, n_units), jnp.float32)
+    def test_forwards_and_backwards(self, mechanism, n_units, n_steps):
+        params, currents = shape_of_params(mechanism, n_units), jax.ShapeDtypeStruct((n_steps, n_units), jnp.float32)
         bar = jax.ShapeDtypeStruct(currents.shape, jnp.float32)
 
         def both(params, currents, bar):
@@ -487,22 +505,23 @@ class TestCode:
         assert self.lower(both, params, currents, bar) == (2 if mechanism == "voltage" else 1)
 
     @pytest.mark.parametrize(
-        ("currents", "spikes"),
-        [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bool"), ("bfloat16", "uint8")],
+        ("currents", "spikes", "n_steps"),
+        [("float32", "float32", 1), ("bfloat16", "bfloat16", 9), ("float16", "bool", 1), ("bfloat16", "uint8", 1)],
     )
-    def test_dtypes(self, currents, spikes):
-        x = jax.ShapeDtypeStruct((11, 2, 50), currents)
-        assert self.lower(lambda p, x: self.run(p, x, spike_dtype=spikes), make_params("sticky", 50), x) == 1
+    def test_dtypes(self, currents, spikes, n_steps):
+        x = jax.ShapeDtypeStruct((n_steps, 2, 50), currents)
+        assert self.lower(lambda p, x: self.run(p, x, spike_dtype=spikes), shape_of_params("sticky", 50), x) == 1
 
     def test_records(self):
-        x = jax.ShapeDtypeStruct((11, 2, 50), jnp.float32)
-        assert self.lower(lambda p, x: self.run(p, x, record=RECORDS), make_params("voltage", 50, **UNITS), x) == 1
+        x = jax.ShapeDtypeStruct((2, 2, 50), jnp.float32)
+        params = shape_of_params("voltage", 50, **UNITS)
+        assert self.lower(lambda p, x: self.run(p, x, record=RECORDS), params, x) == 1
 
-    @pytest.mark.parametrize(("kind", "detach_reset"), [("arctan", True), *((kind, False) for kind in VOLTAGE)])
-    def test_surrogates(self, kind, detach_reset):
-        surrogate = BUILT_IN[kind].replace(detach_reset=detach_reset)
-        params = make_params("sticky", 50, surrogate=surrogate, thr_gain=0.1, thr_leak=0.1)
-        assert self.lower_gradient(params, jax.ShapeDtypeStruct((3, 50), jnp.float32)) == 2
+    def test_surrogates(self):
+        """All kinds by the voltage; that of the mechanism "voltage" keeps its reset detached."""
+        surrogate = slif.custom(each_in_turn, detach_reset=False)
+        params = shape_of_params("sticky", 50, surrogate=surrogate, thr_gain=0.1, thr_leak=0.1)
+        assert self.lower_gradient(params, jax.ShapeDtypeStruct((2, 50), jnp.float32)) == 2
 
     def test_every_operation_of_a_slope(self):
         def slope(x):
@@ -520,45 +539,45 @@ class TestCode:
 
         # What tanh has for a derivative only since jax 0.11.
         assert inline.ELEMENTWISE - {*operations(jax.make_jaxpr(slope)(jnp.ones(3)).jaxpr)} <= {"one_minus_square"}
-        params = make_params("sticky", 50, surrogate=slif.custom(slope))
-        assert self.lower_gradient(params, jax.ShapeDtypeStruct((2, 50), jnp.float32)) == 2
+        params = shape_of_params(n_units=50, surrogate=slif.custom(slope))
+        assert self.lower_gradient(params, jax.ShapeDtypeStruct((1, 50), jnp.float32)) == 2
 
     def test_arrays_on_a_mesh(self):
         """Their sharding goes with every reshape, which a kernel does not take."""
         on_mesh = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("batch",)), P())
-        params = jax.device_put(make_params("voltage", 50, thr_gain=0.1, thr_leak=0.1), on_mesh)
-        x = jax.ShapeDtypeStruct((3, 50), jnp.float32, sharding=on_mesh)
+        params = shape_of_params("voltage", 50, thr_gain=0.1, thr_leak=0.1)
+        x = jax.ShapeDtypeStruct((2, 50), jnp.float32, sharding=on_mesh)
         params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=on_mesh), params)
         assert self.lower_gradient(params, x) == 2
 
     def test_vmap_and_shard_map(self):
-        params = make_params("voltage", 50)
-        taus, x = jax.ShapeDtypeStruct((5,), jnp.float32), jax.ShapeDtypeStruct((3, 4, 50), jnp.float32)
+        params = shape_of_params("voltage", 50)
+        taus, x = jax.ShapeDtypeStruct((5,), jnp.float32), jax.ShapeDtypeStruct((1, 4, 50), jnp.float32)
 
-        def loss(tau, x):
+        def loss(params, tau, x):
             return self.run(params.replace(tau_m=tau), x)["s"].sum()
 
-        assert self.lower(jax.vmap(jax.grad(loss), (0, None)), taus, x) == 2
+        assert self.lower(jax.vmap(jax.grad(loss, 1), (None, 0, None)), params, taus, x) == 2
         mesh = Mesh(np.array(jax.devices()[:1]), ("batch",))
         spec = P(None, "batch")
 
         def sharded(check_vma):
-            def raster(x):
+            def raster(params, x):
                 return self.run(params, x)["s"]
 
-            return jax.shard_map(raster, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+            return jax.shard_map(raster, mesh=mesh, in_specs=(P(), spec), out_specs=spec, check_vma=check_vma)
 
         for check_vma in (False, True):
-            assert self.lower(sharded(check_vma), x) == 1
+            assert self.lower(sharded(check_vma), params, x) == 1
 
     def test_a_sweep_is_one_launch_with_its_points_side_by_side(self):
-        params, n_points = make_params("plain", 1), 70_000
+        params, n_points = shape_of_params("plain", 1), 70_000
         taus, x = jax.ShapeDtypeStruct((n_points,), jnp.float32), jax.ShapeDtypeStruct((9, 1), jnp.float32)
 
-        def sweep(taus, x):
+        def sweep(params, taus, x):
             return jax.vmap(lambda tau: self.run(params.replace(tau_m=tau), x)["s"])(taus)
 
-        text = jax.jit(sweep).trace(taus, x).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(sweep).trace(params, taus, x).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("mosaic_gpu_v2") == 1
         assert f"tensor<9x{n_points}xf32>" in text
         assert f"{n_points}x128x" not in text  # nothing of a tile's width for every point

@@ -128,12 +128,13 @@ def kernels():
         return
     cell = {"tau_m": jnp.linspace(5, 20, 16), "resist_m": 1.5, "thr": 0.4, "refract_time": 1.0, "thr_gain": 0.02}
     params = slif.init_params(jax.random.key(0), 16, **cell, surrogate=slif.arctan())
-    currents = jnp.asarray(np.random.default_rng(0).uniform(-3, 12, (10, 8, 16)), jnp.float32)
-    mask = jnp.arange(10)[:, None] < jnp.arange(3, 11)
+    currents = jnp.asarray(np.random.default_rng(0).uniform(-3, 12, (2, 8, 16)), jnp.float32)
+    mask = jnp.arange(2)[:, None] < jnp.array([0, 1, 2, 2, 2, 2, 2, 2])
     count = 0
 
     def run(x, valid):
         state = slif.init_state(params, x.shape[1:-1])
+        state = state.replace(v=state.v + 0.3)  # near the thresholds, since a program takes long for every step
         options = {"dt": 0.25, "valid": valid, "implementation": "pallas"}
         return slif.simulate(params, state, x, record=("s", "u", "spike_count"), **options)
 
@@ -200,7 +201,6 @@ def main():
     currents = jnp.asarray(np.random.default_rng(0).uniform(-3, 12, (n_steps, batch, n_units)), jnp.float32)
     cell = {"tau_m": 20.0, "resist_m": 1.5, "thr": 0.4, "refract_time": 1.0, "sticky_spikes": True}
     mechanisms = {
-        "sticky": {},
         "adaptive": {"thr_gain": 0.05, "thr_leak": 0.01},
         "voltage": {"surrogate": slif.arctan()},
         "rho_b": {"rho_b": 0.01},
@@ -274,7 +274,7 @@ def main():
         check(train, arguments, (*sharded, place(y, lambda _: P("devices"))), {"all-reduce"})
     print("training")
 
-    for mechanism in ("sticky", "adaptive", "voltage"):
+    for mechanism in ("adaptive", "voltage"):
         params = slif.init_params(jax.random.key(0), n_units, **cell, **mechanisms[mechanism])
         state = slif.init_state(params, batch)
         for specs in (over_batch, over_units):
