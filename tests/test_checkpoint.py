@@ -203,7 +203,7 @@ def test_what_is_no_regular_file_is_refused_and_stays(kind, cell, tmp_path, monk
 
 def test_a_fifo_that_comes_in_between_is_not_waited_for(path, monkeypatch):
     os.mkfifo(path)
-    monkeypatch.setattr(checkpoint, "_status", lambda _: None)
+    monkeypatch.setattr("slif._files._status", lambda _: None)
     with pytest.raises(ValueError, match="begins with"):
         checkpoint.load(path)
 
