@@ -5,6 +5,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import chex
 import errors
 import jax
 import jax.monitoring
@@ -77,10 +78,11 @@ def make_state(params, batch=(BATCH,), seed=5):
 
 
 def assert_same(actual, expected):
-    """Equality of every leaf, to the bit but for the payload of NaN."""
-    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    equal = near if ON_GPU else np.testing.assert_array_equal
-    jax.tree_util.tree_map_with_path(lambda path, a, e: equal(a, e, err_msg=str(path)), actual, expected)
+    """Equality of structure and of every leaf, to the bit but for the payload of NaN."""
+    if ON_GPU:
+        chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+    else:
+        chex.assert_trees_all_equal(actual, expected)
 
 
 def assert_agree(actual, expected, case=""):
