@@ -69,7 +69,7 @@ def parse(text: str) -> Program:
 
 
 def _unsigned(dtype: np.dtype) -> np.dtype:
-    return dtype if dtype == bool else np.dtype(f"u{dtype.itemsize}")
+    return dtype if dtype.kind == "b" else np.dtype(f"u{dtype.itemsize}")
 
 
 class Machine:
@@ -211,7 +211,7 @@ def _compare(name: str) -> Callable[[Array, Array], Array]:
 
 
 def _shift(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """By 31 bits at most; beyond, an array's shift means nothing."""
+    """NumPy's shift, which means nothing where PTX clamps."""
 
     def shift(x: Array, n: Array) -> Array:
         if (n >= 8 * x.dtype.itemsize).any():
@@ -222,7 +222,7 @@ def _shift(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array]
 
 
 def _permute(x: Array, y: Array, selector: Array) -> Array:
-    """Four of the eight bytes of y and x: a digit of the selector names one, or with 8 added what its sign extends to."""
+    """Four of the eight bytes of y and x: a selector's digit names one, or its sign alone with 8 added."""
     both = (y.astype("u8") << np.uint64(32)) | x
     result = np.zeros_like(both)
     for n in range(0, 16, 4):

@@ -1,4 +1,4 @@
-"""The runner of compiled kernels, by programs written by hand; and one card's narrow kernels, where CUDA's wheels are."""
+"""The runner of PTX, by programs written by hand; with CUDA's wheels, one card's narrow kernels by the runner."""
 
 import importlib
 import os
@@ -140,16 +140,19 @@ def test_a_loop_is_counted_turn_by_turn():
     assert machine.counts.bytes == 4 * N * (3 + 4 + 1)
 
 
-def test_requests_are_counted_by_sectors_and_by_different_bytes():
-    def load(address, size=4):
-        before = run("mov.b32 %r6, 0;")[1].counts
-        after = run(f"{address} mov.b32 %r6, 0;")[1].counts
-        return [b - a for a, b in zip(before, after, strict=True)][1:4]
-
+@pytest.mark.parametrize(
+    ("place", "n_bytes", "sectors"),
+    [
+        ("sub.s64 %rd6, %rd1, %rd5;", 4, 1),  # all threads load x[0]
+        ("add.s64 %rd6, %rd1, 0;", 128, 4),  # neighbours
+        ("shr.u64 %rd6, %rd5, 5; shl.b64 %rd6, %rd6, 5; sub.s64 %rd6, %rd1, %rd6;", 32, 1),  # the first 8 over and over
+    ],
+)
+def test_a_request_is_its_different_bytes_and_sectors(place, n_bytes, sectors):
+    before, after = (run(f"{lines} mov.b32 %r6, 0;")[1].counts for lines in ("", f"{place} ld.global.b32 %r8, [%rd6];"))
     warps = N // ptx.WARP
-    assert load("sub.s64 %rd5, %rd1, %rd5; ld.global.b32 %r8, [%rd5];") == [4 * warps, warps, warps]  # x[0]
-    strided = "mul.wide.u32 %rd6, %r1, 4; and.b64 %rd6, %rd6, 255; add.s64 %rd5, %rd1, 0;"
-    assert load(f"{strided} ld.global.b32 %r8, [%rd5];") == [4 * N, warps, 4 * warps]
+    more = [b - a for a, b in zip(before, after, strict=True)]
+    assert more[1:4] == [n_bytes * warps, warps, sectors * warps]
 
 
 @pytest.mark.parametrize(
@@ -174,12 +177,6 @@ def test_requests_are_counted_by_sectors_and_by_different_bytes():
 def test_what_it_refuses(lines, error, message):
     with pytest.raises(error, match=message):
         run(lines)
-
-
-def wheels():
-    """What is missing to compile for CUDA."""
-    plugin = find_spec("jax_cuda12_plugin")
-    return [name for name, there in {"jax-cuda12-plugin": plugin}.items() if not there]
 
 
 @pytest.mark.skipif(find_spec("jax_cuda12_plugin") is None, reason="no CUDA wheels, see ahead_of_time/run")
