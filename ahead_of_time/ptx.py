@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 WARP, SECTOR = 32, 32  # threads; bytes that a GPU's memory moves at least
-WIDEST = 16  # bytes of the widest access
+WIDEST = 32  # bytes of the widest access
 BUFFER_BITS = 40  # an address is the number of an array, above these, and a place in it
 FLOAT = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}
 TYPES: dict[str, np.dtype] = {"pred": np.dtype(bool)}
@@ -275,6 +275,19 @@ ELEMENTWISE: dict[str, Callable[..., Array]] = {
 }
 
 
+def _elementwise(opcode: str) -> tuple[Callable[..., Array], str] | None:
+    """What the instruction does, and the type of its operands."""
+    for pattern, function in ELEMENTWISE.items():
+        if found := re.fullmatch(pattern, opcode):
+            return function, next(filter(None, found.groups()))
+    return None
+
+
+def _two_at_once(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Of two float32 in 64 bits, as Blackwell has them."""
+    return lambda *pairs: np.ascontiguousarray(function(*(x[:, None].view("f4") for x in pairs))).view("u8")[:, 0]
+
+
 def _decode(text: str, widths: dict[str, np.dtype]) -> Execute:
     predicate, opcode, rest = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL).groups()
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
@@ -301,9 +314,10 @@ def _decode(text: str, widths: dict[str, np.dtype]) -> Execute:
             return _elect(*operands, widths)
         if opcode == "shfl.sync.idx.b32" and operands[2:] == ["0", "31", "-1"]:
             return value(lambda x, *_: np.repeat(x[::WARP], WARP) if len(x) > 1 else x, *["b32"] * 4)
-        for pattern, function in ELEMENTWISE.items():
-            if kind := of(pattern):
-                return value(function, *kind * (len(operands) - 1))
+        if found := _elementwise(opcode):
+            return value(found[0], *found[1:] * (len(operands) - 1))
+        if opcode.endswith(".f32x2") and (found := _elementwise(opcode.removesuffix("x2"))):
+            return value(_two_at_once(found[0]), *["b64"] * (len(operands) - 1))
         if kind := of(rf"shl\.{BITS}"):
             return value(_shift(np.left_shift), *kind, "u32")
         if kind := of(rf"shr\.(?:{BITS}|{INTEGER})"):
@@ -332,9 +346,9 @@ def _decode(text: str, widths: dict[str, np.dtype]) -> Execute:
             return value(lambda x: x.astype(TYPES[found[0]]), found[1])
         if opcode in ("ld.param.u64", "ld.param.b64", "ld.param::entry.b64"):
             return _parameter(operands[0], int(re.findall(r"\d+", operands[1])[-1]), widths)
-        if kind := of(r"ld\.global(?:\.v[24])?\.([bsuf]\d+)"):
+        if kind := of(r"ld\.global(?:\.v[248])?\.([bsuf]\d+)"):
             return _load(*operands, *kind, widths)
-        if kind := of(r"st\.global(?:\.v[24])?\.([bsuf]\d+)"):
+        if kind := of(r"st\.global(?:\.v[248])?\.([bsuf]\d+)"):
             return _store(*operands, *kind)
     raise NotImplementedError(f"PTX: {text}")
 

@@ -85,6 +85,10 @@ def run(lines, x=X, y=Y, z=Y, dtype="f4"):
         ("cvt.rn.f32.u32 %r6, %r4;", B.astype("f4")),
         ("cvt.rn.bf16.f32 %rs1, %r4; cvt.f32.bf16 %r6, %rs1;", Y.astype(ml_dtypes.bfloat16).astype("f4")),
         ("cvt.rn.f16x2.f32 %r6, %r4, %r5;", np.repeat(Y.astype("f2"), 2).view("u4")),
+        (
+            "mov.b64 %rd6, {%r3, %r4}; add.rn.f32x2 %rd6, %rd6, %rd6; mov.b64 {_, %r6}, %rd6;",
+            Y + Y,
+        ),
         ("mov.b32 {%rs1, %rs2}, %r4; mov.b32 %r6, {%rs2, %rs1};", B << 16 | B >> 16),
         ("prmt.b32 %r6, %r4, %r1, 0x4012U;", B.byteswap() >> 8 | K << 24),
         ("prmt.b32 %r6, %r4, 0, 0xBBB3U;", B.view("i4") >> 24),

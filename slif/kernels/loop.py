@@ -152,7 +152,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
         for name, x in record.items():
             ref = outs["record"][name]
             # A spike is selected by its predicate: on the way from float32 an integer is clamped, and converted slowly.
-            x = jnp.where(x != 0, 1, 0) if jnp.issubdtype(ref.dtype, jnp.integer) else x
+            x = (x != 0).astype(jnp.int32) if jnp.issubdtype(ref.dtype, jnp.integer) else x
             ref[k, tile.units] = x.astype(ref.dtype)
 
     def load(b, n):
