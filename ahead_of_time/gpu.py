@@ -123,7 +123,7 @@ def kernels_of(hlo: str, dump: str, known: dict[str, execute.Kernel]) -> list[ex
     found = []
     for line in hlo.splitlines():
         if 'custom_call_target="mosaic_gpu' in line:
-            name = re.search(r"(slif_\w+)/", line)[1]
+            name = re.search(r"slif_(?:forward|reverse)", line)[0]
             key = re.search(r'kernel_hash = "([^"]*)"', line)[1]
             if key not in known:
                 known[key] = execute.Kernel.of(name, dump)
