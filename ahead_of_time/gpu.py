@@ -155,12 +155,12 @@ def main() -> None:
         kernels = kernels_of(text, dump[0], known)
         moved = sorted(set(re.findall(r"all-gather|all-reduce|collective-permute|all-to-all", text)))
         memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
-        more = memory > 0.1 + 1.1 * alone.setdefault(name.partition(", ")[2], memory) / n_devices
+        of_one = alone.setdefault(name.partition(", ")[2], memory * n_devices)
         spilt = sum(kernel.spilt for kernel in kernels)
         found = {
             f"{spilt} bytes spilt": spilt > 0,
             f"{', '.join(moved)} between devices": bool(moved),
-            "more memory than its share": n_devices > 1 and more,
+            "more memory than its share": memory > 0.1 + 1.1 * of_one / n_devices,
             "no kernel": not kernels,
         }
         faults = [fault for fault, so in found.items() if so]
