@@ -15,7 +15,7 @@ EVIDENCE = (ROOT / "tests/README.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/\w+\.py)::([\w:]+)`", EVIDENCE)))
 QUOTED = re.findall(r"`([^`\n]+)`", EVIDENCE) + re.findall(r"^```bash\n(.*?)^```", EVIDENCE, re.MULTILINE | re.DOTALL)
 # A word with one of these in front of a slash is a path of the repository, one that ends in .py or .md anywhere.
-FOLDERS = ("tests", "slif", "benchmarks", "examples", "docs", ".ci", ".github", "compile_for_gpus")
+FOLDERS = ("tests", "slif", "benchmarks", "examples", "docs", ".ci", ".github", "ahead_of_time")
 
 
 def defined(body):
@@ -43,7 +43,7 @@ def test_the_named_tests_are_there(file):
 
 def test_the_named_files_are_there():
     named = set(paths())
-    assert {".ci/run", "compile_for_gpus/run", "benchmarks/bench_simulate.py"} <= named
+    assert {".ci/run", "ahead_of_time/run", "benchmarks/bench_simulate.py"} <= named
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
     links = re.findall(r"\]\(([^)#]+)\)", EVIDENCE)
     assert [link for link in links if not (ROOT / "tests" / link).exists()] == []

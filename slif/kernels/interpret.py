@@ -20,7 +20,7 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
         tile = Tile(
             units=pl.ds(start, plan.width),
             load=lambda ref: ref[...],
-            fill=lambda x: jnp.full((plan.width,), x, jnp.float32),
+            fill=lambda x, dtype=jnp.float32: jnp.full((plan.width,), x, dtype),
             # Of a whole block in one piece, XLA's CPU backend takes minutes to make code.
             part=jax.lax.optimization_barrier,
         )

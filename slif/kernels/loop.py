@@ -99,7 +99,7 @@ class Tile(NamedTuple):
 
     units: Any  # their slice of M
     load: Callable[[Any], Array]  # reads a reference [width] into registers
-    fill: Callable[[Any], Array]  # a number in the same registers, as float32
+    fill: Callable[..., Array]  # a number in the same registers, as float32 or the dtype given
     part: Callable[[Any], Any] = lambda carry: carry  # between steps that the compiler is not to take together
 
     def number(self, ref: Any) -> Array:
@@ -115,7 +115,8 @@ class Tile(NamedTuple):
         return x * 1 if varying(x) else x
 
     def bits(self, ref: Any, k: Any) -> Array:
-        return self.row(ref, k).astype(jnp.int32)
+        """The tile's share of row k of [T, M], as int32."""
+        return self.fill(ref[k, 0], jnp.int32) if ref.shape[-1] == 1 else self.row(ref, k).astype(jnp.int32)
 
 
 def valid_at(bits: Array | None, k: int) -> Array | None:
@@ -150,6 +151,8 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
     def write(k, record):
         for name, x in record.items():
             ref = outs["record"][name]
+            # A spike is selected by its predicate: on the way from float32 an integer is clamped, and converted slowly.
+            x = (x != 0).astype(jnp.int32) if jnp.issubdtype(ref.dtype, jnp.integer) else x
             ref[k, tile.units] = x.astype(ref.dtype)
 
     def load(b, n):
@@ -173,7 +176,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
                 outs["kept"][name][b, tile.units] = carry[0][name]
 
     fields = {name: tile.row(inputs.state[name]) for name in plan.carried}
-    carry = (fields, request.start_summaries(lambda value, dtype: tile.fill(value).astype(dtype), differentiable=False))
+    carry = (fields, request.start_summaries(tile.fill, differentiable=False))
     if plan.n_blocks:
         carry, _ = lax.fori_loop(0, plan.n_blocks, block, (carry, load(0, BLOCK)))
     keep(plan.n_blocks, carry)

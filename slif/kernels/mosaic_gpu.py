@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from slif.kernels.loop import Plan, Tile
 
 WARPGROUP = 128
+WIDE_FROM = 2**17  # units, below which tiles are narrow
 
 
 def width(n_units: int, backwards: bool) -> int:
@@ -20,11 +21,11 @@ def width(n_units: int, backwards: bool) -> int:
     Four units a lane make loads of 16 bytes, for which rows have to start at a multiple of 16 bytes, and there have to
     be tiles for every multiprocessor. Backwards a tile is half as wide, since a block's states lie in registers: of 255
     a thread narrow tiles take 40 to 137 and wide ones 89 to 255, and with four units a lane the loop backwards spills
-    272 bytes (`compile_for_gpus/compile.py`). On an H100 one, two and four units a lane and blocks of 8 and 16 steps
+    272 bytes (`ahead_of_time/run`). On an H100 one, two and four units a lane and blocks of 8 and 16 steps
     took the same time to within 10 %, from 2^14 to 2^20 units.
     """
     lanes = 2 if backwards else 4
-    if n_units % lanes == 0 and n_units >= 2**17:
+    if n_units % lanes == 0 and n_units >= WIDE_FROM:
         return lanes * WARPGROUP
     return WARPGROUP
 
@@ -41,7 +42,7 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
         tile = Tile(
             units=pl.ds(start, plan.width),
             load=lambda ref: plgpu.layout_cast(ref[...], layout),
-            fill=lambda x: plgpu.layout_cast(jnp.full((plan.width,), x, jnp.float32), layout),
+            fill=lambda x, dtype=jnp.float32: plgpu.layout_cast(jnp.full((plan.width,), x, dtype), layout),
         )
         body(plan, tile, *tree.unflatten(refs[: len(leaves)]), out_tree.unflatten(refs[len(leaves) :]))
 
