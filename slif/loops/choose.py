@@ -7,7 +7,7 @@ import jax
 from jax import Array, lax
 
 from slif import _device, kernels
-from slif.loops import cpu, gpu, plain
+from slif.loops import cpu, gpu, plain, tpu
 from slif.request import Request
 from slif.surrogate import BUILT_IN, Surrogate
 from slif.types import SLIFParams, SLIFState
@@ -31,8 +31,8 @@ def choose(
     on_cpu = plain.run if waits else functools.partial(cpu.run, constant=constant)
     # Under differentiation each branch would keep what the others do as well: there the default device decides.
     if not constant or jax.default_backend() == "cpu":
-        return on_cpu if _device.default().platform == "cpu" else gpu.run
-    return lambda *arguments: lax.platform_dependent(*arguments, cpu=on_cpu, default=gpu.run)
+        return {"cpu": on_cpu, "tpu": tpu.run}.get(_device.default().platform, gpu.run)
+    return lambda *arguments: lax.platform_dependent(*arguments, cpu=on_cpu, tpu=tpu.run, default=gpu.run)
 
 
 def fuses(implementation: str | None, params: SLIFParams, currents: Array, request: Request) -> bool:
