@@ -21,7 +21,7 @@ from conftest import (
 
 import slif
 from slif import _device, kernels, simulation
-from slif.loops import choose, cpu, gpu, plain, tpu
+from slif.loops import blocks, choose, cpu, gpu, plain, tpu
 from slif.request import Request
 from slif.rounding import as_runtime_values
 from slif.surrogate import BUILT_IN
@@ -143,6 +143,32 @@ def test_gradients(loop, mechanism, surrogate, valid, n_steps):
     actual, expected = gradients(*primals)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * scale), actual, expected)
+
+
+def scans(function, *arguments):
+    return [e for e in jax.make_jaxpr(function)(*arguments).eqns if e.primitive.name == "scan"]
+
+
+def test_turns_leave_no_step_over():
+    """JAX would copy whole sequences for them."""
+    for length in range(1, 20):
+        found = [
+            e.params for e in scans(lambda xs: blocks.scan(lambda c, x: (c + x, c), 0.0, xs, None, 8), np.ones(length))
+        ]
+        assert sum(scan["length"] for scan in found) == length
+        assert [scan["length"] % scan["unroll"] for scan in found] == [0] * len(found)
+
+
+def test_the_loop_for_tpus_reads_no_scalar_but_dt():
+    params, state, currents = inputs("everything")
+
+    def scalars(loop):
+        (scan,) = scans(functools.partial(run, loop, record=("s",)), params, state, currents)
+        constants = scan.invars[: scan.params["num_consts"]]
+        return sum(x.aval.shape == () and x.aval.dtype == jnp.float32 for x in constants)
+
+    assert scalars(plain.run) > 1
+    assert scalars(tpu.run) == 1
 
 
 # --- which one runs ---
