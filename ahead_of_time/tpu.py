@@ -8,7 +8,7 @@ It needs `pip install "jax[tpu]"`, and no TPU. Prints a line a program: temporar
   Each stops the core until one number has come from the device's memory, most often a scalar parameter.
 - cycles a step: XLA's own estimate, the sum of the "estimated_cycles" of its body. It leaves out those waits.
 
-Fails on a wait forwards or in training, inhibition aside, and on temporary memory forwards of a whole sequence.
+Fails on a wait, and on temporary memory forwards of a whole sequence.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main() -> None:
         memory, sequence = compiled.memory_analysis().temp_size_in_bytes, args[1].size * 4
         found = list(loops(compiled.as_text(), args[1].shape[0]))
         waited = waits()
-        bad = ("inhibition" not in name and any(waited)) or (function is forward and memory >= sequence)
+        bad = any(waited) or (function is forward and memory >= sequence)
         failed += bad
         told = "; ".join(f"{steps} steps a turn, {cycles} cycles a step" for steps, cycles in found)
         print(

@@ -23,6 +23,6 @@ def run(
     numbers = lax.optimization_barrier(numbers)
     params = numbers.replace(thr=params.thr, inh_weights=params.inh_weights)
     # By the compiler's estimate turns of eight steps take 0.8 of the cycles forwards, but 1.3 of them in training.
-    # A step that is left over makes XLA copy whole sequences.
+    # For steps that are left over XLA copies whole sequences.
     eight = constant and currents.shape[0] % 8 == 0
     return plain.run(params, state, currents, request, unroll=8 if eight else 1)
