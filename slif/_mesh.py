@@ -80,6 +80,13 @@ def broadcast_like(x: Array, other: Array) -> Array:
     return x if mesh is None else reshard(x, mesh, *explicit_axes(other))
 
 
+def broadcast_to_units(x: Array, like: Array) -> Array:
+    """A scalar as [1, ..., N], its units sharded as those of `like` are."""
+    x = jnp.broadcast_to(x, (1,) * (like.ndim - 1) + like.shape[-1:])
+    mesh = explicit_mesh(like)
+    return x if mesh is None else reshard(x, mesh, *[None] * (like.ndim - 1), explicit_axes(like)[-1])
+
+
 def replicate_units(s: Array) -> Array:
     """s with all of its units on every device, for a product over them."""
     *batch, units = explicit_axes(s)

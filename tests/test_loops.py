@@ -21,12 +21,12 @@ from conftest import (
 
 import slif
 from slif import _device, kernels, simulation
-from slif.loops import choose, cpu, gpu, plain
+from slif.loops import blocks, choose, cpu, gpu, plain, tpu
 from slif.request import Request
 from slif.rounding import as_runtime_values
 from slif.surrogate import BUILT_IN
 
-LOOPS = {"cpu": cpu.run, "cpu, constant": functools.partial(cpu.run, constant=True), "gpu": gpu.run}
+LOOPS = {"cpu": cpu.run, "cpu, constant": functools.partial(cpu.run, constant=True), "gpu": gpu.run, "tpu": tpu.run}
 N_STEPS = 9  # no multiple of the steps of a turn
 VALID = {
     "all": None,
@@ -74,6 +74,7 @@ def assert_plain(actual, expected, case=""):
         ("cpu, constant", "plain", "gaps", ("s", "j")),
         ("cpu, constant", "leak", "padded", ("s", "thr")),
         ("gpu", "gain", "gaps", ("s", "v", "spike_count")),
+        ("tpu", "sticky", "padded", ("s", "v", "spike_count")),
     ],
 )
 def test_values(loop, mechanism, valid, record):
@@ -119,6 +120,7 @@ def test_dtypes(loop, mechanism, dtype):
         ("cpu", "sparse_everything", slif.arctan(), "all", N_STEPS),
         ("cpu", "everything", slif.arctan(detach_reset=False), "gaps", N_STEPS),
         ("gpu", "leak", slif.arctan(), "padded", 3),
+        ("tpu", "sparse_everything", slif.arctan(detach_reset=False), "gaps", 3),
     ],
 )
 def test_gradients(loop, mechanism, surrogate, valid, n_steps):
@@ -141,6 +143,31 @@ def test_gradients(loop, mechanism, surrogate, valid, n_steps):
     actual, expected = gradients(*primals)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * scale), actual, expected)
+
+
+def scans(function, *arguments):
+    return [e for e in jax.make_jaxpr(function)(*arguments).eqns if e.primitive.name == "scan"]
+
+
+def test_turns_leave_no_step_over():
+    """JAX would copy whole sequences for them."""
+    for length in range(1, 20):
+        found = [
+            e.params for e in scans(lambda xs: blocks.scan(lambda c, x: (c + x, c), 0.0, xs, None, 8), np.ones(length))
+        ]
+        assert sum(scan["length"] for scan in found) == length
+        assert [scan["length"] % scan["unroll"] for scan in found] == [0] * len(found)
+
+
+def test_the_loop_for_tpus_reads_no_scalar_but_dt():
+    params, state, currents = inputs("everything")
+
+    def scalars(loop):
+        (scan,) = scans(functools.partial(run, loop, record=("s",)), params, state, currents)
+        return sum(x.aval.shape == () and x.aval.dtype == jnp.float32 for x in scan.invars)
+
+    assert scalars(plain.run) > 1
+    assert scalars(tpu.run) == 1
 
 
 # --- which one runs ---
@@ -185,7 +212,7 @@ ON_PLATFORM = "choose.<lambda>"  # which one, the platform says once the program
         (CPU, GPU, ON_PLATFORM, "cpu.run"),
         (CPU, TPU, ON_PLATFORM, "cpu.run"),
         (GPU, GPU, ON_PLATFORM, "gpu.run"),
-        (TPU, TPU, ON_PLATFORM, "gpu.run"),
+        (TPU, TPU, ON_PLATFORM, "tpu.run"),
     ],
 )
 def test_the_scan_is_that_of_the_device(monkeypatch, default, first, secant, arctan):

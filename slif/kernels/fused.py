@@ -76,8 +76,9 @@ def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
 
     # Pallas' interpreter does not know the types of `jax.shard_map`'s check_vma; its code for GPUs does.
     interpreted = by_name and not any(varying(x) for x in jax.tree.leaves(args))
-    default = by(interpret.launch) if interpreted else functools.partial(kernel.fallback, plan)
-    return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), default=default)
+    if interpreted:  # on a CPU; with no default, lowering for any other platform is refused
+        return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), cpu=by(interpret.launch))
+    return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), default=functools.partial(kernel.fallback, plan))
 
 
 def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: Any) -> Any:

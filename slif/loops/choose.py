@@ -7,7 +7,7 @@ import jax
 from jax import Array, lax
 
 from slif import _device, kernels
-from slif.loops import cpu, gpu, plain
+from slif.loops import cpu, gpu, plain, tpu
 from slif.request import Request
 from slif.surrogate import BUILT_IN, Surrogate
 from slif.types import SLIFParams, SLIFState
@@ -29,10 +29,11 @@ def choose(
     # Where currents wait for spikes it gains nothing forwards, and training takes 0.9 of its time in the plain one.
     waits = params.rho_b is not None or request.feedback is not None
     on_cpu = plain.run if waits else functools.partial(cpu.run, constant=constant)
+    on_tpu = functools.partial(tpu.run, constant=constant)
     # Under differentiation each branch would keep what the others do as well: there the default device decides.
     if not constant or jax.default_backend() == "cpu":
-        return on_cpu if _device.default().platform == "cpu" else gpu.run
-    return lambda *arguments: lax.platform_dependent(*arguments, cpu=on_cpu, default=gpu.run)
+        return {"cpu": on_cpu, "tpu": on_tpu}.get(_device.default().platform, gpu.run)
+    return lambda *arguments: lax.platform_dependent(*arguments, cpu=on_cpu, tpu=on_tpu, default=gpu.run)
 
 
 def fuses(implementation: str | None, params: SLIFParams, currents: Array, request: Request) -> bool:

@@ -1,0 +1,28 @@
+"""The loop for TPUs: the plain one, with numbers of each unit in place of scalars."""
+
+import jax
+from jax import Array, lax
+
+from slif._mesh import broadcast_to_units
+from slif.loops import plain
+from slif.request import Request
+from slif.types import SLIFParams, SLIFState
+
+
+def run(
+    params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, constant: bool = False
+) -> tuple[SLIFState, dict[str, Array]]:
+    """What `plain.run` gives.
+
+    The reasons are those of machine code for v5e; benchmarks/speed.md has the figures.
+    """
+    numbers = params.replace(thr=None, inh_weights=None)
+    numbers = jax.tree.map(lambda x: broadcast_to_units(x, state.v) if x.ndim == 0 else x, numbers)
+    # A scalar stays in the device's memory, and the loop waits for it again and again: 18 times in eight steps of the
+    # cell with a refractory period. The barrier keeps XLA from moving the broadcast back into the loop.
+    numbers = lax.optimization_barrier(numbers)
+    params = numbers.replace(thr=params.thr, inh_weights=params.inh_weights)
+    # By the compiler's estimate turns of eight steps take 0.8 of the cycles forwards, but 1.3 of them in training.
+    # For steps that are left over XLA copies whole sequences.
+    eight = constant and currents.shape[0] % 8 == 0
+    return plain.run(params, state, currents, request, unroll=8 if eight else 1)
