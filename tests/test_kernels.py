@@ -485,6 +485,12 @@ class TestCode:
     def lower_gradient(self, params, x):
         return self.lower(jax.grad(lambda p, x: self.run(p, x)["s"].sum(), argnums=(0, 1)), params, x)
 
+    def test_other_platforms_are_refused_by_name_when_the_program_is_made_for_them(self):
+        params, x = shape_of_params("plain", 3), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+        for platform in ("tpu", "rocm"):
+            with pytest.raises(NotImplementedError, match=f"an NVIDIA GPU for 'pallas', got platform {platform}"):
+                jax.jit(self.run).trace(params, x).lower(lowering_platforms=(platform,))
+
     # With blocks or the steps after them alone, and both widths of a tile.
     @pytest.mark.parametrize(
         ("mechanism", "n_units", "n_steps"),

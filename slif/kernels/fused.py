@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from slif._mesh import varying
 from slif.kernels import fallback, interpret, loop, mosaic_gpu
@@ -76,9 +78,25 @@ def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
 
     # Pallas' interpreter does not know the types of `jax.shard_map`'s check_vma; its code for GPUs does.
     interpreted = by_name and not any(varying(x) for x in jax.tree.leaves(args))
-    if interpreted:  # on a CPU; with no default, lowering for any other platform is refused
-        return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), cpu=by(interpret.launch))
-    return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), default=functools.partial(kernel.fallback, plan))
+    scan = functools.partial(kernel.fallback, plan)
+    if interpreted:
+        cpu, default = by(interpret.launch), lambda args: jax.tree.map(refused_p.bind, scan(args))
+        return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), cpu=cpu, default=default)
+    return lax.platform_dependent(args, cuda=by(mosaic_gpu.launch), default=scan)
+
+
+def _refuse(context: Any, *_: Any) -> NoReturn:
+    """What a program is for is known for certain only when it is lowered."""
+    (platform,) = context.platforms or context.module_context.platforms
+    raise NotImplementedError(
+        f"implementation: expected an NVIDIA GPU for 'pallas', got platform {platform}; use None or 'xla'"
+    )
+
+
+refused_p = Primitive("slif_refused")
+refused_p.def_abstract_eval(lambda x: x)
+batching.defvectorized(refused_p)
+mlir.register_lowering(refused_p, _refuse)
 
 
 def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: Any) -> Any:
