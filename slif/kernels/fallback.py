@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from slif._mesh import match_varying_axes
+from slif._mesh import broadcast_like, match_varying_axes
 from slif.kernels.loop import KEPT, Cotangents, Inputs, Plan, trained
 from slif.loops import plain
 from slif.types import FIELDS, SLIFState
@@ -45,11 +45,11 @@ def _valid(bits: Array, n_steps: int) -> Array:
 def reverse(plan: Plan, args: tuple[Inputs, Cotangents]) -> dict[str, Any]:
     """The derivative of `forward`, which runs once more for it."""
     inputs, cotangents = match_varying_axes(args)
-    shape = inputs.currents.shape[1:]
-    zeros = 0 * inputs.dt + jnp.zeros(shape, inputs.dt.dtype)
+    units = inputs.currents[0]
+    zeros = broadcast_like(0 * inputs.dt, units)
     first = dict.fromkeys(plan.carried, zeros) | {name: x[0] for name, x in inputs.state.items()}
     # One number a unit, as the kernel has it: their cotangents are summed outside.
-    per_unit = {name: jnp.broadcast_to(getattr(inputs.params, name), shape) for name in trained(inputs.params)}
+    per_unit = {name: broadcast_like(getattr(inputs.params, name), units) for name in trained(inputs.params)}
 
     def outputs(per_unit, differentiated, currents, dt):
         params, state = inputs.params.replace(**per_unit), first | differentiated
@@ -65,5 +65,6 @@ def reverse(plan: Plan, args: tuple[Inputs, Cotangents]) -> dict[str, Any]:
     differentiated = {name: first[name] for name in plan.differentiated}
     pull = jax.vjp(outputs, per_unit, differentiated, inputs.currents, inputs.dt)[1]
     d_per_unit, d_state, d_currents, d_dt = pull(cotangents)
-    d_dt = zeros.at[(0,) * len(shape)].set(d_dt.sum())
+    first_unit = broadcast_like(jnp.zeros(units.shape, bool).at[(0,) * units.ndim].set(True), units)
+    d_dt = jnp.where(first_unit, d_dt.sum(), zeros)
     return {"currents": d_currents, "inputs": d_state | d_per_unit | {"dt": d_dt}}
