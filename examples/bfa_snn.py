@@ -445,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (validation := history[kept].validation) is not None:
         print(f"validation accuracy {told(validation)}")
     print(f"test accuracy {told(history[kept].test)}")
-    print(f"beside it: {compared(options, digits)}")
+    print(f"for comparison: {compared(options, digits)}")
     print(f"weights.npz and bfa_snn.png are in {options.out}")
 
 

@@ -19,7 +19,7 @@ def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
     """What the kernel gives; in place of the states that it keeps, the first one, from which they follow."""
     (inputs,) = match_varying_axes(args)
     n_steps, *shape = inputs.currents.shape
-    zeros = 0 * inputs.dt + jnp.zeros(shape, inputs.dt.dtype)  # which differs between devices where the others do
+    zeros = broadcast_like(0 * inputs.dt, inputs.currents[0])  # which differs between devices where the others do
     request = plan.request.replace(
         dt=inputs.dt.reshape(()),
         t0=inputs.t0.reshape(()),
