@@ -55,8 +55,8 @@ def simulate(
         valid: boolean [T, ...], over steps and batch. Where False, the row's state is frozen and its "s" is 0; the
             time t runs on.
         checkpoint_every: in the backward pass of a voltage surrogate, keep the state only once every so many steps and
-            recompute the steps in between. A number down to half as large is used if it divides T and this one does not.
-            About sqrt(T) saves the most memory.
+            recompute the steps in between. A number down to half as large is used if it divides T where this one does
+            not. About sqrt(T) saves the most memory.
         implementation: "xla"; "pallas", one fused kernel for NVIDIA GPUs of compute capability 8.0 or later (9.0 with
             jax 0.10), run by Pallas' slow interpreter where there is no GPU; or None to choose by platform and
             arguments. The kernel's gradients for a voltage surrogate are reverse mode only.

@@ -84,7 +84,7 @@ class Surrogate(struct.PyTreeNode):
         )
 
     def __hash__(self) -> int:
-        """By value, so that it can be a static argument; numbers on a device are never read, so they cannot be hashed."""
+        """By value, so that it can be a static argument; numbers on a device are never read, so not hashed."""
         if any(isinstance(x, jax.Array) for x in self.numbers.values()):
             raise TypeError("unhashable Surrogate: its numbers are on a device; make it with Python or NumPy ones")
         numbers = ((name, np.asarray(x, np.float64)) for name, x in sorted(self.numbers.items()))

@@ -210,8 +210,8 @@ def point(params: SLIFParams, over: Over, k: int | Array) -> SLIFParams:
     Args:
         params: the parameters shared by all points.
         over: what was swept, as in `sweep`; "dt", "currents" and "feedback" are not parameters and are left out.
-        k: the index of the point, from 0: an int, or a scalar on the device, such as the result of `argmax`. A scalar on
-            the device is not checked: as in JAX indexing, an index past the end means the last point, as does -1.
+        k: the index of the point, from 0: an int, or a scalar on the device, such as the result of `argmax`. The latter
+            is not checked: as in JAX indexing, an index past the end means the last point, as does -1.
 
     Returns:
         The parameters of the point.
