@@ -102,6 +102,6 @@ def reading(path: str) -> Iterator[IO[bytes]]:
         try:
             yield file
         except Exception as error:
-            if isinstance(error, OSError) and error.errno:  # from the system; decompressors raise OSError without a number
+            if isinstance(error, OSError) and error.errno:  # from the system; those of decompressors have no number
                 raise OSError(error.errno, error.strerror, path) from error
             raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error

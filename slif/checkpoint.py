@@ -76,8 +76,8 @@ def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
 
     Raises:
         TypeError: `path` is not a path.
-        ValueError: the file is not byte for byte what `save` wrote; has another schema version; has shapes that do not match
-            each other, or a parameter that is out of range or not finite; or holds float64 without jax_enable_x64.
+        ValueError: the file differs from what `save` wrote; has another schema version, shapes that do not match, or a
+            parameter that is out of range or not finite; or holds float64 without jax_enable_x64.
         OSError: the file cannot be read, or is not a regular file.
 
     Source: the msgpack format of `flax.serialization`, after a line that names the schema and a SHA-256 digest.
