@@ -27,7 +27,7 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a shape does not match, a parameter is out of range or not finite, or `name` leads out of the folder.
+        ValueError: a shape is wrong, a parameter is out of range or not finite, or `name` leads out of the folder.
         OSError: the file cannot be written, or its path is not a regular file.
 
     Source: ngc-learn's `SLIFCell.save`.

@@ -38,7 +38,7 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
             which `from_nir` reads and other libraries ignore.
 
     Returns:
-        The node; every field is [N], in float32 (float64 for float64 params), but tau in float64, to convert back exactly.
+        The node; fields are [N], in float32 (float64 for float64 params), but tau in float64, to convert back exactly.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -101,7 +101,7 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
 
     Raises:
         TypeError: an argument has the wrong type; pass a node, not a graph.
-        ValueError: v_leak or v_reset is not 0, for which the cell has no term; a shape is wrong or a value out of range; or
+        ValueError: v_leak or v_reset is not 0, for which the cell has no term; a shape is wrong; a value is out of range; or
             the metadata is damaged, or holds per-step terms written for another dt.
 
     Source: Pedersen et al. (2024), Neuromorphic intermediate representation, Nature Communications 15.

@@ -134,8 +134,8 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or the
-            inputs have the wrong shape.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
+            the inputs do not match.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the interface of `flax.nnx.RNNCellBase`.
 
@@ -182,8 +182,8 @@ class SLIF(_Neurons):
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or the
-            inputs have the wrong shape.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
+            the inputs do not match.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3).
 
@@ -294,8 +294,8 @@ class LeakyIntegrator(_Layer):
         features: the number of units, N.
         dt: the length of a step, ms; a UserWarning above 2 tau_m, where forward Euler diverges.
         tau_m: time constant, ms; a scalar or [N].
-        resist_m: what a constant current of 1 brings v to; None, the default, means tau_m / dt, with which x moves v by x
-            in a step.
+        resist_m: what a constant current of 1 brings v to; None, the default, means tau_m / dt, with which x moves v by
+            x in a step.
         learn: names of the parameters to train, "tau_m" and "resist_m", as in `SLIFCell`.
         dtype: dtype of v.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
