@@ -101,8 +101,8 @@ def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLI
 
     Raises:
         TypeError: an argument has the wrong type; pass a node, not a graph.
-        ValueError: v_leak or v_reset is not 0, for which the cell has no term; a shape is wrong; a value is out of range; or
-            the metadata is damaged, or holds per-step terms written for another dt.
+        ValueError: v_leak or v_reset is not 0, for which the cell has no term; a shape is wrong; a value is out of
+            range; or the metadata is damaged, or holds per-step terms written for another dt.
 
     Source: Pedersen et al. (2024), Neuromorphic intermediate representation, Nature Communications 15.
 
