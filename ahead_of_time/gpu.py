@@ -3,7 +3,7 @@
     python ahead_of_time/gpu.py a100|l4|h100|b200|rtx5090|t4 [--only TEXT]
 
 It needs the CUDA wheels of the same version as jax, but no driver; `ahead_of_time/run` installs them and runs this once
-per card, in a process of its own, since the compiler keeps the first card's limits. It prints a line per program:
+per card, each in a separate process, since the compiler keeps the first card's limits. It prints a line per program:
 registers per thread, temporary memory per device, and the findings of `execute.py`. It fails on a spilt register, on
 communication between devices, if one of several devices takes more memory than its share, and if the compiled code
 differs from the scan.

@@ -48,7 +48,7 @@ def shown(value: Any) -> str:
 def plain(name: str, array: np.ndarray) -> np.ndarray:
     """Checks that an array is plain numbers in native byte order, with no mask and no unit."""
     kind = type(array)
-    if kind not in (np.ndarray, np.memmap) and not kind.__module__.startswith("jax."):  # JAX has a subclass
+    if kind not in (np.ndarray, np.memmap) and not kind.__module__.startswith("jax."):  # JAX has a subclass of its own
         raise TypeError(f"{name}: expected a plain NumPy array, got {type(array).__name__}")
     if not array.dtype.isnative:
         raise TypeError(f"{name}: expected numbers in native byte order, got dtype {array.dtype}")

@@ -130,8 +130,8 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
         state: the state after the previous step, fields [..., N].
         j: input current [..., N], cast to the dtype of params; 64-bit integers from NumPy do not wrap.
         t: the time of this step, ms; only tols depends on it.
-        dt: the length of the step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning if both come
-            from Python or NumPy values.
+        dt: the length of the step, ms, positive. Above 2 tau_m forward Euler diverges, with a UserWarning if both
+            come from Python or NumPy values.
 
     Returns:
         The state after the step; v is after the reset, s is the output.

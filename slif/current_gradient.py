@@ -1,4 +1,4 @@
-"""The derivative by a surrogate of the current, for a whole sequence at once.
+"""The derivative under a surrogate with respect to the current, for a whole sequence at once.
 
 Under such a surrogate d s' = h(i) di, and all else counts as constant (`cell.fire` does this for one step). If i
 depends on the input alone, so does the derivative: the loop runs on constants and keeps nothing for the backward pass,

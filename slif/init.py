@@ -39,17 +39,17 @@ def init_params(
         tau_m: membrane time constant, ms, positive; below dt / 2 forward Euler diverges.
         resist_m: membrane resistance, voltage per current.
         thr: base threshold, in units of voltage.
-        resist_inh: resistance to lateral inhibition; active where positive.
+        resist_inh: resistance to lateral inhibition, voltage per spike; active where positive.
         thr_persist: `slif.reset` leaves the thresholds alone.
-        thr_gain: added to a unit's threshold when it spikes.
+        thr_gain: voltage added to a unit's threshold when it spikes.
         thr_leak: fraction of the threshold lost at each step.
-        rho_b: sparsity control of the thresholds; where positive, it replaces thr_gain and thr_leak.
+        rho_b: sparsity control of the thresholds, voltage per spike; where positive, it replaces thr_gain and thr_leak.
         refract_time: refractory period, ms, 0 or more; a period of dt or less has no effect. If a clock of this dtype,
             in steps of dt, stops before the period ends, calls that take dt give a UserWarning: such a unit fires only
             once.
         sticky_spikes: hold the output at 1 throughout the refractory period.
-        thr_jitter: half the range of the uniform jitter of the thresholds, 0 or more. A UserWarning if it
-            reaches thr: a unit with a threshold below 0 fires at every step without input.
+        thr_jitter: half the range of the uniform jitter of the thresholds, in units of voltage, 0 or more. There
+            is a UserWarning if it reaches thr: a unit with a threshold below 0 fires at every step without input.
         surrogate: the estimator of the spike's derivative; None for `secant()`.
         dtype: dtype of every leaf; without x64, float64 becomes float32, with a UserWarning. Random draws are float32,
             then cast. bfloat16 is lossy: small changes of v, thr and the clock round away; to save memory, prefer

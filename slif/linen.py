@@ -91,9 +91,9 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
 
         (state, k), s = cell((state, k), j)   with   state = step(params, state, j, k dt, dt)
 
-    Jittered thresholds and the inhibition matrix are drawn at `init` by `slif.init_params`, with a key of the "params"
-    stream. They are stored in "params" as "fixed_thr" and "fixed_inh_weights", behind `stop_gradient`; `trainable`
-    exempts them from weight decay. Anything neither drawn nor learned stays in the module.
+    Jittered thresholds and the inhibition matrix are drawn at `init` by `slif.init_params`, with the key from
+    `make_rng("params")`. They are stored in "params" as "fixed_thr" and "fixed_inh_weights", behind `stop_gradient`;
+    `trainable` exempts them from weight decay. Anything neither drawn nor learned stays in the module.
 
     Args:
         features: the number of units, N.

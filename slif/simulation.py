@@ -44,8 +44,8 @@ def simulate(
             currents.
         currents: input currents [T, ..., N]; cast to the dtype of params inside the loop, or before it if they come
             from NumPy in 64 bits that JAX does not have.
-        dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning if both come from
-            Python or NumPy values.
+        dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges, with a UserWarning if both come
+            from Python or NumPy values.
         t0: the time of the first step, ms.
         record: what to return. For every step: any field of `SLIFState` or "u" (the potential before the reset, with a
             gradient where v has one), [T, ..., N], and "s_packed" (8 spikes per byte), [T, ..., ceil(N / 8)]. For the

@@ -112,8 +112,8 @@ def sweep(
             inh_weights [P, N, N]), "dt" [P], "currents" [P, T, ..., N], "feedback" [P, N, N], or a number of the
             surrogate, as "surrogate.slope". A [P] value of thr replaces the thresholds, jitter included. A mechanism
             absent from params is switched on; inhibition needs both resist_inh and inh_weights.
-        dt: the length of a step, ms, positive; None if it is swept. Above 2 tau_m forward Euler diverges: a UserWarning
-            if both come from Python or NumPy values, or from a `grid` of these.
+        dt: the length of a step, ms, positive; None if it is swept. Above 2 tau_m forward Euler diverges, with a
+            UserWarning if both come from Python or NumPy values, or from a `grid` of these.
         state: the state before the first step: one for all points, [..., N], or one per point, [P, ..., N]; None for
             rest, with the batch shape of the currents. From a given state, a sweep over thr has an effect only if
             nothing adapts the thresholds, and in one over refract_time units start refractory if the period is longer
@@ -124,7 +124,7 @@ def sweep(
         batch_size: how many points to run side by side; None for all. This bounds the memory, also in the backward
             pass, which runs each batch again. If points are sharded over devices, use it inside shard_map.
         spike_dtype: dtype of the recorded "s", as in `simulate`.
-        valid: boolean [T, ...] over the batch shape, as in `simulate`, for all points.
+        valid: boolean [T, ...], over steps and batch, as in `simulate`, for all points.
         implementation: as in `simulate`.
         progress: called as progress(points done, P) after every batch; needs `batch_size`, and works only outside jit.
         feedback: recurrent weights [N, N], as in `simulate`, for all points.

@@ -26,7 +26,7 @@ def recipes(path):
 
 
 def shown(path):
-    """What the page says that its code prints: the text right below a block."""
+    """The output that the page shows for its code: the text right below a block."""
     return "".join(re.findall(r"```python\n(?:(?!```).)*```\n\n```text\n(.*?)```", path.read_text(), re.DOTALL))
 
 

@@ -429,7 +429,7 @@ def test_what_killed_saves_left_is_removed(link, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"some")
         os.utime(tmp_path / name, (age, age))
         kept |= {name} if stays else set()
-    (tmp_path / f"{path.name}.{'f' * 16}.tmp").mkdir()  # nobody's file, so that it cannot be removed
+    (tmp_path / f"{path.name}.{'f' * 16}.tmp").mkdir()  # a folder, which is not removed like a file
     os.utime(tmp_path / f"{path.name}.{'f' * 16}.tmp", (0, 0))
     checkpoint.save(saved, params, slif.init_state(params))
     assert {*os.listdir(tmp_path)} == kept | {f"{path.name}.{'f' * 16}.tmp"}

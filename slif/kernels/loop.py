@@ -2,7 +2,7 @@
 
 Both bodies are the same Python functions wherever they run; a launcher passes them references to whole arrays, the
 place of their tile, and how to load it. They call the step of the plain loop and JAX's derivative of it, and contain no
-equations of their own.
+equations.
 
 Letters: T time steps, M units (over all rows of a batch), K steps per block.
 """
