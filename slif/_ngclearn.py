@@ -106,7 +106,7 @@ def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
 
     Returns:
         The parameters, with the mechanisms that the cell uses, and the state [B, N]. Leaves are float32. If nothing
-        adapts the thresholds but they differ from the base ones, `thr_gain` is an array of 0, so that they are used.
+            adapts the thresholds but they differ from the base ones, `thr_gain` is an array of 0, so that they count.
 
     Raises:
         TypeError: `cell` is not an ngc-learn `SLIFCell`.

@@ -13,7 +13,7 @@ def describe() -> dict[str, Any]:
 
     Returns:
         A dict with "cell_type", "inputs", "states", "outputs", "hyperparameters" and "dynamics". Each hyperparameter
-        is a dict with "description", "unit" (None for a pure number) and "default" (absent if it is required).
+            is a dict with "description", "unit" (None for a pure number) and "default" (absent if it is required).
 
     Source: ngc-learn's `SLIFCell.help`.
 

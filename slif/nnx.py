@@ -130,10 +130,10 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
 
     Returns:
         From a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is a pair of an
-        `SLIFState` and the count of steps [...]; the time is count * dt.
+            `SLIFState` and the count of steps [...]; the time is count * dt.
 
     Raises:
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
             the inputs do not match.
 
@@ -181,7 +181,7 @@ class SLIF(_Neurons):
         From a call with currents x: the spikes, in the shape of x; see `__call__`.
 
     Raises:
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
             the inputs do not match.
 
@@ -266,7 +266,7 @@ class SLIF(_Neurons):
 
         Returns:
             The spikes, or a dict of the records if `record` is not ("s",). With `return_state`, a pair of that and the
-            state.
+                state.
         """
         return _layers.run_sequence(
             _params(self),
@@ -305,7 +305,7 @@ class LeakyIntegrator(_Layer):
         From a call with currents x: v at every step, in the shape of x.
 
     Raises:
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not match.
 
     Source: the subthreshold equation of `slif.step`.
