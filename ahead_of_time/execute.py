@@ -13,17 +13,17 @@ import ptx
 from slif.kernels import interpret, mosaic_gpu
 from slif.kernels.loop import BLOCK
 
-# To the bit what the scan gives on a CPU; all else to TOLERANCE of the greatest number.
+# Equal bit for bit to the scan on a CPU; all else to within TOLERANCE of the largest number.
 EXACT = ("s", "u", "v", "thr", "rfr", "j", "s_packed", "spike_count")
 TOLERANCE = 5e-7
 
 
 class Kernel(NamedTuple):
-    """What the compiler told of a kernel."""
+    """What the compiler reports about a kernel."""
 
     name: str
     program: ptx.Program
-    order: list[int]  # which argument, outputs behind inputs, each parameter is: they stand in the order of first use
+    order: list[int]  # which argument, outputs after inputs, each parameter is: they are in order of first use
     n_blocks: int
     block: int  # threads
     registers: int
@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
 
     @classmethod
     def of(cls, name: str, dump: str) -> "Kernel":
-        """The kernel of that name in what Mosaic GPU prints: its PTX, ptxas' words, and the code that launches it."""
+        """The kernel of that name in Mosaic GPU's output: its PTX, ptxas' report, and the code that launches it."""
         text = re.search(rf"\.visible \.entry {name}_mosaic_gpu_kernel\(.*?^}}", dump, re.DOTALL | re.MULTILINE)[0]
         told = dump[dump.index(f"Function properties for {name}_mosaic_gpu_kernel") :]
         launch = re.search(rf"^define void @{name}_mosaic_gpu\(.*?^}}", dump, re.DOTALL | re.MULTILINE)[0]
@@ -47,12 +47,12 @@ class Kernel(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a turn of a kernel's loop takes."""
+    """The cost of one iteration of a kernel's loop."""
 
-    instructions: float  # a thread and update
-    moved: float  # bytes that warps load and store, over those that no turn before did
-    sectors: float  # a request
-    fewest: float  # sectors that would hold the bytes of a request
+    instructions: float  # per thread and update
+    moved: float  # bytes that warps load and store, over those not touched by earlier iterations
+    sectors: float  # per request
+    fewest: float  # sectors needed to hold the bytes of a request
 
 
 current: dict[str, Kernel] = {}  # what `launch` executes, by name
@@ -60,7 +60,7 @@ seen: list[Seen] = []
 
 
 def launch(body: Callable, plan: Any, inputs: Any, out_type: Any, name: str) -> Any:
-    """Stands in for `interpret.launch`."""
+    """Replaces `interpret.launch`."""
     outs, tree = jax.tree.flatten(out_type)
 
     def execute(*leaves: Any) -> tuple[np.ndarray, ...]:
@@ -81,14 +81,14 @@ mosaic_gpu.WIDE_FROM = programs.WIDE_FROM
 
 
 def drawn(rng: np.random.Generator, x: Any) -> Any:
-    """Currents that let cells fire now and then, and masks."""
+    """Currents that make units fire now and then, and masks."""
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x
     return rng.random(x.shape) < 0.8 if x.dtype == bool else rng.uniform(-10, 40, x.shape).astype(x.dtype)
 
 
 def compare(kernels: list[Kernel], function: Callable, args: Any) -> tuple[tuple[str, ...], list[str]]:
-    """The columns of a program's row, and what is wrong."""
+    """The columns of a program's row, and its faults."""
     args = jax.tree.map(functools.partial(drawn, np.random.default_rng(0)), args)
     current.clear()
     current.update((kernel.name, kernel) for kernel in kernels)
@@ -119,7 +119,7 @@ def compare(kernels: list[Kernel], function: Callable, args: Any) -> tuple[tuple
 
 
 def _difference(x: np.ndarray, y: np.ndarray) -> float:
-    """The greatest, over the greatest number; inf and NaN have to stand in the same places."""
+    """The largest difference, relative to the largest number; inf and NaN must be in the same places."""
     finite = np.isfinite(y)
     if not np.array_equal(x[~finite], y[~finite], equal_nan=True):
         return np.inf

@@ -1,11 +1,12 @@
-"""Compiles every kernel for GPUs that are not there, and executes what was compiled.
+"""Compiles every kernel for GPUs that this machine does not have, and executes the compiled code.
 
     python ahead_of_time/gpu.py a100|l4|h100|b200|rtx5090|t4 [--only TEXT]
 
-It needs the CUDA wheels of the same version as jax, and no driver; `ahead_of_time/run` installs them and calls this for
-each card, one process a card, since the compiler keeps the first card's limits. Prints a line a program: registers a
-thread, temporary memory a device, and what `execute.py` finds. Fails on a spilt register, on talk between devices,
-where a device of many takes more memory than its share, and where the compiled code does not do what the scan does.
+It needs the CUDA wheels of the same version as jax, but no driver; `ahead_of_time/run` installs them and runs this once
+per card, each in a separate process, since the compiler keeps the first card's limits. It prints a line per program:
+registers per thread, temporary memory per device, and the findings of `execute.py`. It fails on a spilt register, on
+communication between devices, if one of several devices takes more memory than its share, and if the compiled code
+differs from the scan.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# What NVIDIA's and XLA's own descriptions of these cards say.
+# From NVIDIA's and XLA's own descriptions of these cards.
 TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -101,7 +102,7 @@ def compile_for(card: str, function: Callable, args: tuple[Any, ...], n_devices:
 
 @contextlib.contextmanager
 def printed() -> Iterator[list[str]]:
-    """What is printed inside, by the compiler too."""
+    """Captures what is printed inside, by the compiler too."""
     text: list[str] = []
     sys.stdout.flush()
     terminal = os.dup(1)
@@ -119,7 +120,7 @@ def printed() -> Iterator[list[str]]:
 
 
 def kernels_of(hlo: str, dump: str, known: dict[str, execute.Kernel]) -> list[execute.Kernel]:
-    """The kernels that a compiled program calls; what was compiled before is not printed again, but known."""
+    """The kernels that a compiled program calls; those compiled before are not printed again, but are in `known`."""
     found = []
     for line in hlo.splitlines():
         if 'custom_call_target="mosaic_gpu' in line:
@@ -134,9 +135,9 @@ def kernels_of(hlo: str, dump: str, known: dict[str, execute.Kernel]) -> list[ex
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("card", choices=CARDS)
-    parser.add_argument("--only", default="", help="programs whose name has this in it")
+    parser.add_argument("--only", default="", help="only programs whose name contains this")
     options = parser.parse_args()
-    # Mosaic asks the default device for its architecture, and there is none.
+    # Mosaic asks the default device for its architecture, and there is no such device.
     from jax.experimental.pallas import mosaic_gpu  # noqa: F401
 
     for module in list(sys.modules.values()):

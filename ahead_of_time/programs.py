@@ -1,4 +1,4 @@
-"""The programs that are compiled for devices that are not there: all that a kernel can be asked for."""
+"""The programs that are compiled for devices this machine does not have: all that a kernel can do."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from slif.request import RECORDS
 VOLTAGE = (
     slif.arctan, slif.boxcar, slif.fast_sigmoid, slif.gaussian, slif.sigmoid, slif.straight_through, slif.triangular,
 )  # fmt: skip
-WIDTHS = {"narrow": 40, "wide": 136}  # units a row: both widths of a tile, the last one in part
-WIDE_FROM = 512  # units from which on tiles are wide here, for small programs to have wide ones
-T, B, DT = 28, 5, 0.25  # three blocks of steps and a half: of two, the compiler makes no loop
+WIDTHS = {"narrow": 40, "wide": 136}  # units per row: both tile widths, with a partial last tile
+WIDE_FROM = 512  # units from which tiles are wide here, so that small programs have wide ones
+T, B, DT = 28, 5, 0.25  # three and a half blocks of steps: with two, the compiler makes no loop
 
-Program = tuple[str, Callable, tuple[Any, ...], int]  # what it is, the function, its arguments, devices
+Program = tuple[str, Callable, tuple[Any, ...], int]  # name, function, arguments, number of devices
 
 
 def make_params(n_units: int, surrogate: Any, everything: bool, **options: Any) -> slif.SLIFParams:
@@ -42,11 +42,11 @@ def gradients(params: slif.SLIFParams, x: Any, *args: Any, **options: Any) -> An
 
 
 def programs() -> Iterator[Program]:
-    """What is compiled, and executed: every surrogate, record, mask, width of a tile and dtype."""
+    """Programs that are compiled and executed: every surrogate, record, mask, tile width and dtype."""
     for width, n in WIDTHS.items():
         for name, function, args in _programs(n):
             yield f"{width}, {name}", function, args, 1
-    for rows, n in ((7, 37), (3, 1)):  # no array's row starts at a multiple of anything; less than one tile
+    for rows, n in ((7, 37), (3, 1)):  # rows that start at no multiple of anything; less than one tile
         x = jax.ShapeDtypeStruct((T, rows, n), jnp.float32)
         yield f"narrow, training, {rows} x {n} units", gradients, (make_params(n, slif.arctan(), True), x), 1
 

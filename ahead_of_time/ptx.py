@@ -1,9 +1,9 @@
 """Executes PTX on a CPU: all threads of a grid in lockstep, each instruction a call or two of NumPy.
 
-It knows what the kernels' loops are made of, and refuses any other instruction by name, a branch that threads take
-differently, and an access outside its array or across its purpose: inputs are only read, outputs only written. What
-ptxas does afterwards is not executed: it may still contract a product and a sum that have no rounding of their own,
-and has approximations (`div.full`, `ex2.approx`) of its own, which are correctly rounded here.
+It supports the instructions of the kernels' loops, and refuses any other, a branch that threads take differently, and
+an access outside an array or against its purpose: inputs are only read, outputs only written. What ptxas does
+afterwards is not modelled: it may still contract a product and a sum without an explicit rounding, and its
+approximations (`div.full`, `ex2.approx`) are correctly rounded here.
 """
 
 import operator
@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-WARP, SECTOR = 32, 32  # threads; bytes that a GPU's memory moves at least
+WARP, SECTOR = 32, 32  # threads; the fewest bytes that a GPU's memory moves
 WIDEST = 32  # bytes of the widest access
-BUFFER_BITS = 40  # an address is the number of an array, above these, and a place in it
+BUFFER_BITS = 40  # an address has an array's number above these bits, and a place in the array in them
 FLOAT = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}
 TYPES: dict[str, np.dtype] = {"pred": np.dtype(bool)}
 TYPES |= {name: np.dtype(of) for name, of in FLOAT.items()}
 TYPES |= {f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}") for kind in "bus" for n in (1, 2, 4, 8)}
 
 Array = np.ndarray
-Execute = Callable[["Machine"], "str | None"]  # the label to go on at, if any
+Execute = Callable[["Machine"], "str | None"]  # returns the label to jump to, if any
 
 
 class Statement(NamedTuple):
@@ -37,10 +37,10 @@ class Program(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What was done so far, or in one turn of the loop; all but instructions by all warps together."""
+    """Totals so far, or of one iteration of the loop; all but `instructions` are sums over warps."""
 
     instructions: int = 0
-    bytes: int = 0  # different ones of a request, of all requests
+    bytes: int = 0  # distinct ones of each request, over all requests
     requests: int = 0
     sectors: int = 0
     touched: int = 0  # bytes that a warp loads or stores for the first time
@@ -75,7 +75,7 @@ def _unsigned(dtype: np.dtype) -> np.dtype:
 class Machine:
     """The threads of a grid, and the arrays that they see.
 
-    Registers are kept as bits, unsigned and as wide as they are declared; [n_threads], or [1] where all hold the same.
+    Registers are kept as bits, unsigned and as wide as they are declared; [n_threads], or [1] if all hold the same.
     """
 
     def __init__(self, inputs: list[Array], outputs: list[Any], order: list[int], n_blocks: int, block: int):
@@ -84,7 +84,7 @@ class Machine:
         self.registers: dict[str, Array] = {"%tid.x": (thread % block).astype("u4")}
         self.registers |= {"%ctaid.x": (thread // block).astype("u4"), "%ntid.x": np.array([block], "u4")}
         self.warp = thread // WARP
-        self.order, self.n_inputs = order, len(inputs)  # which of the arrays each parameter of the kernel is
+        self.order, self.n_inputs = order, len(inputs)  # the order: which array each kernel parameter is
         self.sizes = [x.size * np.dtype(x.dtype).itemsize for x in (*inputs, *outputs)]
         self.memory = [np.zeros(-(-size // WIDEST) * WIDEST, "u1") for size in self.sizes]
         for x, memory in zip(inputs, self.memory, strict=False):
@@ -111,7 +111,7 @@ class Machine:
         raise ValueError("the kernel does not return")
 
     def output(self, k: int, like: Any) -> Array:
-        """Output k, all of which has to be written."""
+        """Output k, which must have been written entirely."""
         k += self.n_inputs
         unwritten = np.count_nonzero(~self.touched[k].any(0)[: self.sizes[k]])
         if unwritten:
@@ -119,11 +119,11 @@ class Machine:
         return self.memory[k][: self.sizes[k]].view(like.dtype).reshape(like.shape)
 
     def turn(self) -> Counts:
-        """What the last whole turn of the loop did."""
+        """The counts of the last whole iteration of the loop."""
         return Counts(*(b - a for a, b in zip(*self.turns[-2:], strict=True)))
 
     def place(self, address: Array, size: int, *, written: bool) -> tuple[int, Array]:
-        """Which array each thread's address is in, and where."""
+        """The array that the threads' addresses are in, and their places in it."""
         address = np.broadcast_to(address.astype("i8"), (self.n_threads,))
         (k, *others), offset = np.unique(address >> BUFFER_BITS), address & ((1 << BUFFER_BITS) - 1)
         if others or not 0 <= k < len(self.sizes) or (offset + size > self.sizes[k]).any():
@@ -142,7 +142,7 @@ class Machine:
 
 
 def _operand(text: str, kind: str) -> Callable[[Machine], Array]:
-    """Reads a register, several side by side, or a literal, as a type; of a wider register, its low bits."""
+    """Reads a register, a vector of registers or a literal as a type; of a wider register, its low bits."""
     dtype = TYPES[kind]
     bits = _unsigned(dtype)
     if text.startswith("{"):
@@ -160,7 +160,7 @@ def _operand(text: str, kind: str) -> Callable[[Machine], Array]:
 
 
 def _assign(register: str, widths: dict[str, np.dtype]) -> Callable[[Machine, Array], None]:
-    """Writes a register, or several side by side; what is narrower is extended by its sign, if it has one."""
+    """Writes a register or a vector of registers; narrower values are extended by their sign, if they have one."""
     if register == "_":
         return lambda m, value: None
     if register.startswith("{"):
@@ -182,12 +182,12 @@ def _assign(register: str, widths: dict[str, np.dtype]) -> Callable[[Machine, Ar
 
 
 def _flush(x: Array) -> Array:
-    """Subnormal numbers as zeros of their sign."""
+    """Replaces subnormal numbers by zeros of the same sign."""
     return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)
 
 
 def _fma(x: Array, y: Array, z: Array) -> Array:
-    """x y + z rounded to odd in float64, whose rounding to float32 is then the only one."""
+    """x y + z rounded to odd in float64, so that only the rounding to float32 counts."""
     product, z = x.astype("f8") * y, z.astype("f8")
     total = product + z
     part = total - product
@@ -198,20 +198,20 @@ def _fma(x: Array, y: Array, z: Array) -> Array:
 
 
 def _down(x: Array) -> Array:
-    """To the float32 below."""
+    """Rounded down to float32."""
     y = x.astype("f4")
     return np.where(y > x, np.nextafter(y, np.float32(-np.inf)), y)
 
 
 def _compare(name: str) -> Callable[[Array, Array], Array]:
-    """A comparison that is false where a number is NaN, and true with a `u` behind its name."""
+    """A comparison that is false if a number is NaN, or true if its name ends in `u`."""
     function = COMPARED[name[:2]]
     unordered = len(name) == 3
     return lambda x, y: np.where(np.isnan(x) | np.isnan(y), unordered, function(x, y)).astype(bool)
 
 
 def _shift(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """NumPy's shift, which means nothing where PTX clamps."""
+    """NumPy's shift, which is undefined where PTX clamps."""
 
     def shift(x: Array, n: Array) -> Array:
         if (n >= 8 * x.dtype.itemsize).any():
@@ -222,7 +222,7 @@ def _shift(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array]
 
 
 def _permute(x: Array, y: Array, selector: Array) -> Array:
-    """Four of the eight bytes of y and x: a selector's digit names one, or its sign alone with 8 added."""
+    """Four of the eight bytes of y and x: each digit of the selector picks one or, with 8 added, repeats its sign."""
     both = (y.astype("u8") << np.uint64(32)) | x
     result = np.zeros_like(both)
     for n in range(0, 16, 4):
@@ -238,7 +238,7 @@ def _pair(high: Array, low: Array, dtype: np.dtype) -> Array:
 
 
 def _to_integer(x: Array, dtype: np.dtype) -> Array:
-    """Towards zero, to the nearest that there is; NaN becomes 0."""
+    """Rounded towards zero and clamped to the range of the dtype; NaN becomes 0."""
     info = np.iinfo(dtype)
     return np.clip(np.nan_to_num(np.trunc(x.astype("f8"))), info.min, info.max).astype(dtype)
 
@@ -248,7 +248,7 @@ COMPARED |= {"ge": np.greater_equal}
 JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 F32, INTEGER = "(f32)", "([su](?:16|32|64))"
 BITS, WORD = "(b(?:16|32|64))", "([bsuf](?:16|32|64))"
-# Those whose operands and result are of one type: how they are written, and what they do.
+# Instructions whose operands and result are of one type: the opcode, and what it does.
 ELEMENTWISE: dict[str, Callable[..., Array]] = {
     rf"(?:add|add\.rn)\.{F32}|add\.{INTEGER}": np.add,
     rf"(?:sub|sub\.rn)\.{F32}|sub\.{INTEGER}": np.subtract,
@@ -276,7 +276,7 @@ ELEMENTWISE: dict[str, Callable[..., Array]] = {
 
 
 def _elementwise(opcode: str) -> tuple[Callable[..., Array], str] | None:
-    """What the instruction does, and the type of its operands."""
+    """The function of the instruction, and the type of its operands."""
     for pattern, function in ELEMENTWISE.items():
         if found := re.fullmatch(pattern, opcode):
             return function, next(filter(None, found.groups()))
@@ -284,7 +284,7 @@ def _elementwise(opcode: str) -> tuple[Callable[..., Array], str] | None:
 
 
 def _two_at_once(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Of two float32 in 64 bits, as Blackwell has them."""
+    """The function on two float32 in 64 bits, as on Blackwell."""
     return lambda *pairs: np.ascontiguousarray(function(*(x[:, None].view("f4") for x in pairs))).view("u8")[:, 0]
 
 
@@ -293,12 +293,12 @@ def _decode(text: str, widths: dict[str, np.dtype]) -> Execute:
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)
 
     def of(pattern: str) -> tuple[str, ...] | None:
-        """The groups of this opcode that took part, if it is one of the pattern."""
+        """The groups that matched, if the opcode matches the pattern."""
         found = re.fullmatch(pattern, opcode)
         return None if found is None else tuple(group for group in found.groups() if group is not None)
 
     def value(function: Callable[..., Array], *kinds: str) -> Execute:
-        """The first operand becomes this function of the others."""
+        """Sets the first operand to this function of the others."""
         assign = _assign(operands[0], widths)
         sources = [_operand(source, kind) for source, kind in zip(operands[1:], kinds, strict=True)]
         return lambda m: assign(m, function(*(source(m) for source in sources)))
@@ -368,7 +368,7 @@ def _branch(predicate: str | None, label: str) -> Execute:
 
 
 def _elect(chosen: str, mask: str, widths: dict[str, np.dtype]) -> Execute:
-    """One thread of each warp, and which it is."""
+    """Elects one thread of each warp, and says which it is."""
     leader, elected = (_assign(name, widths) for name in chosen.split("|"))
 
     def elect(m: Machine) -> None:

@@ -1,14 +1,14 @@
-"""Compiles the loop for TPUs that are not there.
+"""Compiles the loop for TPUs that this machine does not have.
 
     python ahead_of_time/tpu.py v4|v5e|v6e [--only TEXT]
 
-It needs `pip install "jax[tpu]"`, and no TPU. Prints a line a program: temporary memory, and of every time loop
+It needs `pip install "jax[tpu]"`, but no TPU. It prints a line per program: temporary memory, and for every time loop
 
-- waits a turn: the instructions "dma.done.wait" in its own machine code, beside those inside the kernels that it calls.
-  Each stops the core until one number has come from the device's memory, most often a scalar parameter.
-- cycles a step: XLA's own estimate, the sum of the "estimated_cycles" of its body. It leaves out those waits.
+- waits per iteration: the "dma.done.wait" instructions in its own machine code, apart from those inside the kernels
+  that it calls. Each stops the core until one number has come from the device's memory, most often a scalar parameter.
+- cycles per step: XLA's own estimate, the sum of the "estimated_cycles" of its body, which leaves out those waits.
 
-Fails on a wait, and on temporary memory forwards of a whole sequence.
+It fails on a wait, and if a forward program takes temporary memory for a whole sequence.
 """
 
 import argparse
@@ -26,9 +26,9 @@ DUMP = tempfile.mkdtemp()
 TARGETS = {"v4": ("v4:1x1x1", "v4-8"), "v5e": ("v5e:1x1", "v5litepod-1"), "v6e": ("v6e:1x1", "v6e-1")}  # topology, type
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("target", choices=TARGETS)
-parser.add_argument("--only", default="", help="programs whose name has this in it")
+parser.add_argument("--only", default="", help="only programs whose name contains this")
 OPTIONS = parser.parse_args()
-# The compiler's library asks for these once, when it is loaded; two processes at a time need the last.
+# The compiler's library reads these once, when it is loaded; ALLOW_MULTIPLE_LIBTPU_LOAD is for two processes at a time.
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_ACCELERATOR_TYPE": TARGETS[OPTIONS.target][1],
@@ -48,7 +48,7 @@ from slif import _device  # noqa: E402
 
 BATCH, N_UNITS, DT = 64, 1024, 0.25
 
-Program = tuple[str, Callable, tuple[Any, ...]]  # what it is, the function, its arguments
+Program = tuple[str, Callable, tuple[Any, ...]]  # name, function, arguments
 
 
 def make_params(surrogate: Any = None, **options: Any) -> slif.SLIFParams:
@@ -83,7 +83,7 @@ def programs() -> Iterator[Program]:
 
 
 def loops(text: str, n_steps: int) -> Iterator[tuple[int, int]]:
-    """Steps a turn and estimated cycles a step, of every loop in the compiled text."""
+    """Steps per iteration and estimated cycles per step of every loop in the compiled text."""
     computations = dict(re.findall(r"^%(\S+) \(.*\{\n((?:.*\n)*?)\}$", text, re.MULTILINE))
     for condition, body in re.findall(r" while\(.*condition=%([^,\s]+), body=%([^,\s]+)", text):
         turns = max(map(int, re.findall(r" constant\((\d+)\)", computations[condition])))
@@ -92,10 +92,10 @@ def loops(text: str, n_steps: int) -> Iterator[tuple[int, int]]:
 
 
 def waits() -> list[int]:
-    """Those of every loop, a turn, in the machine code of the program that was compiled last."""
+    """The waits per iteration of every loop in the machine code of the program that was compiled last."""
     (file,) = glob.glob(f"{DUMP}/*-TLP-[0-9]*-final_bundles.txt")
     found, inside = [], False
-    # In front of a bundle of instructions stand its address and, in loops, ">".
+    # A bundle of instructions comes after its address and, in loops, ">".
     for nested, bundle in re.findall(r"^ *0x\w+ .*?:( >)?[> ]*\{(.*)", Path(file).read_text(), re.MULTILINE):
         if nested and not inside:
             found.append(0)
@@ -127,7 +127,7 @@ def main() -> None:
         waited = waits()
         bad = any(waited) or (function is forward and memory >= sequence)
         failed += bad
-        told = "; ".join(f"{steps} steps a turn, {cycles} cycles a step" for steps, cycles in found)
+        told = "; ".join(f"{steps} steps per iteration, {cycles} cycles per step" for steps, cycles in found)
         print(
             f"{OPTIONS.target:4}{name:36}{memory / 1e6:8.2f} MB, waits {waited}, {told}{'  FAILED' * bad}", flush=True
         )

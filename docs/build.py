@@ -1,8 +1,8 @@
 """Builds the site: README, the guides and the API reference, with search; fails on a dead link or any other warning.
 
-    pip install -e ".[docs]" && python docs/build.py [FOLDER]     into out/site, if no folder is given
+    pip install -e ".[docs]" && python docs/build.py [FOLDER]     (by default out/site)
 
-The pages stay where they are read in a checkout; here they are copied, with the files that they link to.
+The pages stay in their places in the checkout; this copies them, with the files that they link to.
 """
 
 import os
@@ -19,7 +19,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
 def linked(page: Path) -> Iterator[Path]:
-    """The files of the repository that a page links to, pages left out."""
+    """The files of the repository that a page links to, except for pages."""
     for target in LINK.findall(page.read_text()):
         path = (page.parent / target).resolve()
         if path.is_file() and path.suffix != ".md":

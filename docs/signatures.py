@@ -1,4 +1,4 @@
-"""What the tool that reads the source for the API reference, Griffe, has to be told of this package."""
+"""What Griffe, which reads the source for the API reference, cannot find there."""
 
 import importlib
 import inspect
@@ -11,13 +11,13 @@ LAYERS = ("SLIF", "SLIFCell", "LeakyIntegrator")
 
 
 class RuntimeSignatures(griffe.Extension):
-    """Parameters and defaults of `init_params` and of the layers as at run time, with the annotations of the source.
+    """Takes parameters and defaults of `init_params` and the layers from run time, annotations from the source.
 
-    The source has the defaults of the hyperparameters in a table, from which the signatures are made.
+    In the source, the defaults of the hyperparameters are in a table, from which the signatures are made.
     """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:  # what Griffe shows as code is called Examples
+        if obj.docstring:  # Griffe shows only a section called Examples as code
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
@@ -38,7 +38,7 @@ class RuntimeSignatures(griffe.Extension):
 
 
 def parameters(found: Callable[..., Any], annotations: dict[str, Any]) -> griffe.Parameters:
-    """Of the function; among keywords the required ones first, which a dataclass has in the order of its bases."""
+    """The parameters of the function, required keywords first: a dataclass has them in the order of its bases."""
     given = [p for p in inspect.signature(found).parameters.values() if p.name not in ("parent", "name")]  # Flax's own
     return griffe.Parameters(
         *(
@@ -56,4 +56,4 @@ def parameters(found: Callable[..., Any], annotations: dict[str, Any]) -> griffe
 def shown(default: Any) -> str:
     if isinstance(default, type):
         return default.__name__
-    return default.__qualname__.partition(".")[0] + "()" if callable(default) else repr(default)  # an initialiser's
+    return default.__qualname__.partition(".")[0] + "()" if callable(default) else repr(default)  # an initialiser

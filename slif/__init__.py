@@ -1,6 +1,6 @@
 """The simplified leaky integrate-and-fire cell (sLIF) as pure functions over explicit state.
 
-Modules of their own, imported by name: `slif.linen` and `slif.nnx` (Flax), `slif.checkpoint`, `slif.nir`, `slif.plot`.
+To be imported explicitly: `slif.linen` and `slif.nnx` (Flax), `slif.checkpoint`, `slif.nir`, `slif.plot`.
 """
 
 from slif.cell import step

@@ -1,4 +1,4 @@
-"""A value with a derivative of its own, which all surrogate gradients are made of."""
+"""A value with a derivative attached, which all surrogate gradients are built from."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from jax.interpreters import ad, batching, mlir
 
 
 def attach(value: Array, x: Array, slope: Array) -> Array:
-    """The value, with d value = slope dx and nothing else; the slope may differentiate, for derivatives of any order.
+    """The value, with d value = slope dx and nothing else; the slope is differentiable, for derivatives of any order.
 
-    It is a primitive and not a `jax.custom_jvp`: before jax 0.12 a scan in reverse mode drops the rules of those in its
-    body, and second derivatives that begin with reverse mode are wrong, without a word.
+    It is a primitive rather than a `jax.custom_jvp`: before jax 0.12 a scan in reverse mode drops the custom rules in
+    its body, so that second derivatives that begin with reverse mode are silently wrong.
     """
     return attach_p.bind(value, x, slope)
 
@@ -35,7 +35,7 @@ def _batch(args: Any, axes: Any) -> tuple[Array, int]:
 
 
 def _like(x: Array, other: Array) -> Array:
-    """x with the axes of the other, and sharded as it is; the compiler drops the select."""
+    """x with the axes and the sharding of the other; the compiler drops the select."""
     return x if x.shape == other.shape else jnp.where(other == other, x, x)
 
 

@@ -1,7 +1,7 @@
-"""Checks at the public entry: what was expected, what came.
+"""Checks of the arguments of public functions.
 
-Python and NumPy values are looked at in every call; shapes and dtypes of arrays while the call is traced, once for each
-signature. Values on a device are never read back.
+Python and NumPy values are checked in every call, shapes and dtypes of arrays once per signature, while the call is
+traced. Values on a device are never read back.
 """
 
 import math
@@ -27,9 +27,9 @@ TIMES = {
     "t0": Hyperparameter("time of the first step", "ms", shape="scalar"),
 }
 KNOWN = ABOUT | TIMES | {"thr_jitter": THR_JITTER}
-ANY = Hyperparameter("a number of which nothing is known")
-SURROGATE = "surrogate."  # before the name of one of the surrogate's numbers
-SLOPE = Hyperparameter("a number of a surrogate of our own", low=0, open=True, normal=True)
+ANY = Hyperparameter("a number without known bounds")
+SURROGATE = "surrogate."  # prefix of the surrogate's numbers
+SLOPE = Hyperparameter("a number of a built-in surrogate", low=0, open=True, normal=True)
 FLOATS = {np.dtype(name) for name in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)}
 
 
@@ -37,7 +37,7 @@ FLOATS = {np.dtype(name) for name in (jnp.float16, jnp.bfloat16, jnp.float32, jn
 
 
 def as_real(name: str, value: Any, dtype: Any = np.float64, about: Hyperparameter | None = None) -> Array | np.ndarray:
-    """A jax.Array as it is, anything else as a NumPy array whose values are finite and within bounds in this dtype."""
+    """A jax.Array as it is; anything else as a NumPy array whose values are finite and within bounds in this dtype."""
     if isinstance(value, jax.Array):
         if not is_real(value.dtype):
             raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
@@ -54,7 +54,7 @@ def as_real(name: str, value: Any, dtype: Any = np.float64, about: Hyperparamete
 
 
 def _stacked(name: str, values: list[Any], dtype: Any) -> Array:
-    """Arrays from the device among them stay there."""
+    """Values that are on the device stay there."""
     shapes = sorted({x.shape for x in values})
     if len(shapes) > 1:
         raise ValueError(f"{name}: expected values of one shape, got shapes {', '.join(map(str, shapes))}")
@@ -64,12 +64,12 @@ def _stacked(name: str, values: list[Any], dtype: Any) -> Array:
 
 
 def _is_ordinary(value: Any) -> bool:
-    """Whether this is plainly within the bounds of any number and dtype; NumPy takes twenty times as long to tell."""
+    """Whether this is clearly within bounds for any argument and dtype; NumPy takes twenty times as long to check."""
     return type(value) in (float, int) and 1e-4 < value < 6e4
 
 
 def as_number(name: str, value: Any, dtype: Any) -> Any:
-    """A jax.Array as it is, anything else as a Python float, which jit takes without a new signature."""
+    """A jax.Array as it is; anything else as a Python float, which gives jit no new signature."""
     if isinstance(value, jax.Array):
         return value
     if _is_ordinary(value) or (type(value) in (float, int) and value == 0 and not KNOWN[name].open):
@@ -80,7 +80,7 @@ def as_number(name: str, value: Any, dtype: Any) -> Any:
 
 
 def as_params(params: Any) -> SLIFParams:
-    """Params whose every leaf is an array, those from the host within bounds."""
+    """Params whose leaves are all arrays, those from the host within bounds."""
     if not isinstance(params, SLIFParams):
         raise TypeError(f"params: expected SLIFParams, got {type(params).__name__}")
     leaves, surrogate = vars(params), params.surrogate
@@ -102,7 +102,7 @@ def as_params(params: Any) -> SLIFParams:
 
 
 def about_slope(surrogate: Surrogate) -> Hyperparameter:
-    """What there is to know of the numbers of its slope."""
+    """The bounds of the numbers of its slope."""
     return SLOPE if has_bounds(surrogate) else ANY
 
 
@@ -111,7 +111,7 @@ def _as_leaf(name: str, value: Any, dtype: Any, about: Hyperparameter | None = N
 
 
 def as_state(state: Any, name: str = "state") -> SLIFState:
-    """A state whose every leaf is an array."""
+    """A state whose leaves are all arrays."""
     if not isinstance(state, SLIFState):
         raise TypeError(f"{name}: expected SLIFState, got {type(state).__name__}")
     given = {field: x for field, x in vars(state).items() if not isinstance(x, jax.Array)}
@@ -132,12 +132,12 @@ def check_array(name: str, value: Any, kind: str = "an array") -> Any:
 
 
 def as_currents(name: str, value: Any, dtype: Any) -> Any:
-    """An array of currents; in the dtype of params where JAX would cut it to 32 bits."""
+    """An array of currents, in the dtype of params if JAX would truncate it to 32 bits."""
     return cast(check_array(name, value, "an array of real numbers"), dtype)
 
 
 def cast(value: Any, dtype: Any = None) -> Any:
-    """64 bits from the host that JAX has in 32 only: it wraps integers, and reports the overflow of floats to NumPy."""
+    """Narrows 64-bit host values that JAX holds in 32: it would wrap integers, and NumPy would warn of overflow."""
     if isinstance(value, jax.Array) or (narrow := jax.dtypes.canonicalize_dtype(value.dtype)) == value.dtype:
         return value
     with np.errstate(over="ignore"):
@@ -145,7 +145,7 @@ def cast(value: Any, dtype: Any = None) -> Any:
 
 
 def as_names(name: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in the order of the known ones, each once."""
+    """The names, each once, in the order of `known`."""
     if not isinstance(value, tuple | list | set | frozenset) or not all(isinstance(x, str) for x in value):
         raise TypeError(f"{name}: expected a tuple of names, got {shown(value)}")
     if unknown := sorted(set(value).difference(known)):
@@ -154,7 +154,7 @@ def as_names(name: str, value: Any, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_static(name: str, value: Any) -> None:
-    """That a static hyperparameter has one of its values."""
+    """Checks that a static hyperparameter has one of its allowed values."""
     choices = ABOUT[name].choices
     if choices == (False, True):
         as_flag(name, value)
@@ -181,13 +181,13 @@ def as_size(name: str, value: Any, low: int, *, symbolic: bool = False) -> Any:
 
 
 def check_countable(name: str, *shape: Any) -> None:
-    """That XLA can count the bits of such an array: one that it cannot ends the process."""
+    """Checks that XLA can count the bits of such an array; otherwise it would end the process."""
     if math.prod(max(n, 1) for n in shape if isinstance(n, int)) >= 2**57:
         raise ValueError(f"{name}: expected an array of less than 2**57 numbers, got shape {shown(shape)}")
 
 
 def check_jitter(name: str, width: Any, thr: np.ndarray, dtype: Any) -> None:
-    """That neither the range of a jitter nor the thresholds overflow with it."""
+    """Checks that neither the range of the jitter nor the jittered thresholds overflow."""
     top = np.abs(np.asarray(thr, np.float64))
     top = np.where(np.isinf(top), 0, top) + float(width)
     with np.errstate(over="ignore"):
@@ -204,12 +204,12 @@ def as_floating_dtype(name: str, dtype: Any) -> np.dtype:
 
 
 def as_requested_dtype(name: str, dtype: Any) -> np.dtype:
-    """The same of a dtype that the caller asks for, with a warning where JAX has a narrower one only."""
+    """The same for a dtype that the caller requests, with a warning if JAX only has a narrower one."""
     return _warn.narrowed(name, dtype, as_floating_dtype(name, dtype))
 
 
 def as_spike_dtype(asked: Any, own: Any) -> np.dtype:
-    """The same of any dtype that can hold spikes; None stands for that of params."""
+    """The same for any dtype that can hold spikes; None stands for the dtype of params."""
     dtype = _dtype("spike_dtype", own if asked is None else asked, "a dtype")
     if not (is_real(dtype) or dtype == np.dtype(bool)):
         raise TypeError(f"spike_dtype: expected bool, an integer or a floating dtype, got {dtype}")
@@ -219,7 +219,7 @@ def as_spike_dtype(asked: Any, own: Any) -> np.dtype:
 def _dtype(name: str, dtype: Any, kind: str) -> Any:
     try:
         return jax.dtypes.canonicalize_dtype(dtype)
-    except Exception:  # whatever NumPy and JAX make of it
+    except Exception:  # NumPy and JAX raise many types here
         raise TypeError(f"{name}: expected {kind}, got {shown(dtype)}") from None
 
 
@@ -261,13 +261,13 @@ def check_shape(name: str, shape: tuple[int, ...], n_units: int, kind: str | Non
 
 
 def check_scalars(**numbers: Any) -> None:
-    """That each is one real number."""
+    """Checks that each is a real scalar."""
     for name, x in numbers.items():
         check_shape(name, as_real(name, jnp.asarray(x)).shape, 0)
 
 
 def check_signature(params: SLIFParams, state: SLIFState | None = None, named: str = "state") -> None:
-    """That the leaves of params fit each other, and those of the state them."""
+    """Checks that the leaves of params match each other, and those of the state match params."""
     thr = as_real("thr", params.thr)
     check_shape("thr", thr.shape, 0)
     dtype, n_units = as_floating_dtype("thr", thr.dtype), params.n_units
@@ -297,7 +297,7 @@ def check_signature(params: SLIFParams, state: SLIFState | None = None, named: s
 
 
 def check_currents(name: str, value: Any, shape: tuple[Any, ...]) -> None:
-    """Currents of the shape, None standing for any length; they keep their dtype and may hold inf and NaN."""
+    """Checks the dtype and shape of currents; None stands for any length, and inf and NaN are allowed."""
     if not isinstance(value, jax.Array | np.ndarray) or not (is_real(value.dtype) or value.dtype == bool):
         got = f"dtype {value.dtype}" if hasattr(value, "dtype") else shown(value)
         raise TypeError(f"{name}: expected an array of real numbers, got {got}")
@@ -337,7 +337,7 @@ def broadcasts(shape: tuple[Any, ...], to: tuple[Any, ...]) -> bool:
     return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1], strict=False))
 
 
-# --- both, for what is called now and then ---
+# --- values and shapes together, for functions that are called rarely ---
 
 
 def as_scalar(name: str, value: Any, dtype: Any) -> Array:
@@ -347,26 +347,26 @@ def as_scalar(name: str, value: Any, dtype: Any) -> Array:
 
 
 def as_device_params(value: Any) -> SLIFParams:
-    """Params whose every leaf is checked and on the device."""
+    """Params whose leaves are all checked and on the device."""
     value = as_params(value)
     check_signature(value)
     return jax.tree.map(lambda x: put(x, value.thr.dtype), value)
 
 
 def as_host_params(params: SLIFParams) -> SLIFParams:
-    """Checked params in host memory, for a file: the values that were on a device are within bounds too."""
+    """Params in host memory, for a file; values that were on a device are checked too."""
     params = jax.device_get(params)
     as_params(params)
     return params
 
 
 def check_slope_numbers(numbers: Any, dtype: Any) -> None:
-    """That the numbers, in host memory, are those of a surrogate of our own."""
+    """Checks numbers in host memory against the bounds of the built-in surrogates."""
     for name, x in numbers.items():
         as_real(f"{SURROGATE}{name}", x, dtype, SLOPE)
 
 
 def as_device_state(params: SLIFParams, value: Any) -> SLIFState:
-    """A state whose every leaf is checked and on the device."""
+    """A state whose leaves are all checked and on the device."""
     check_signature(params, as_state(value))
     return jax.tree.map(lambda x: put(x, params.thr.dtype), value)

@@ -1,4 +1,4 @@
-"""The device that a program is for, as far as that is known while it is traced."""
+"""The device that a program is for, as far as is known while tracing."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import jax
 
 
 def default() -> Any:
-    """That of `jax.default_device`, else the first one of the default backend.
+    """The device of `jax.default_device`, else the first one of the default backend.
 
-    A program runs elsewhere where its arrays are committed to other devices, by themselves or on a mesh, or where it is
-    exported; that is known once it is lowered, and `lax.platform_dependent` asks then.
+    A program runs elsewhere if its arrays are committed to other devices, singly or on a mesh, or if it is exported.
+    That is known only when it is lowered, which is when `lax.platform_dependent` decides.
     """
     chosen = getattr(jax.config, "jax_default_device", None)
     if isinstance(chosen, str):

@@ -1,6 +1,7 @@
-"""Files that are whole: read as what they are, and replaced at once or not at all.
+"""Reads regular files, and replaces them atomically.
 
-A file is written beside its name and then renamed, so that a kill at any moment leaves the old or the new one whole.
+A file is written under a temporary name and then renamed, so that a kill at any moment leaves the old or the new one
+whole.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ _KINDS = {
 
 
 def _status(path: str) -> os.stat_result:
-    """The status of a regular file; OSError for whatever else is there, and for a loop of links."""
+    """The status of a regular file; OSError for anything else, including a loop of links."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
@@ -47,16 +48,16 @@ def _status(path: str) -> os.stat_result:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place once it is whole, and its mode and owner from the start."""
+    """A file next to `path` that replaces it once complete, with its mode and owner from the start."""
     old = None
     with contextlib.suppress(FileNotFoundError):
         old = _status(path)
-    if old and not os.access(path, os.W_OK):  # which renaming would not ask
+    if old and not os.access(path, os.W_OK):  # which renaming would not check
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
     if os.path.islink(path):
-        path = os.path.realpath(path)  # the link would be replaced itself
+        path = os.path.realpath(path)  # else the link itself would be replaced
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
-    mode = 0o600 if old else 0o666  # at no moment readable to whom the old one was not
+    mode = 0o600 if old else 0o666  # never readable by anyone who could not read the old one
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             if old:
@@ -65,8 +66,8 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        # What killed saves left goes by age: a process id says nothing on another host, and comes again in a container
-        # started anew. The file system dates both. A live save that is hit, an hour long, fails and harms nothing.
+        # Files left by killed saves are recognised by age: a process id means nothing on another host, and recurs in a
+        # restarted container. The file system dates both. A live save of an hour may be hit: it fails, harmlessly.
         for left in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 16}.tmp"):
             with contextlib.suppress(OSError):
                 if os.stat(left).st_mtime < os.stat(path).st_mtime - 3600:
@@ -86,21 +87,21 @@ def _inherit(old: os.stat_result, path: str, temporary: str) -> None:
                 os.chown(temporary, owner, group)
     with contextlib.suppress(OSError):
         shutil.copymode(path, temporary)
-        # Access control lists, beside which the bits of the group say less than they would alone.
+        # With an access control list, the group bits do not mean what they mean alone.
         for name in os.listxattr(path) if hasattr(os, "listxattr") else ():
             os.setxattr(temporary, name, os.getxattr(path, name))
 
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[IO[bytes]]:
-    """The file, for a block whose every error over what is in it becomes a ValueError that names it."""
+    """The open file; in the block, any error about its contents becomes a ValueError that names it."""
     _status(path)
-    # Should a FIFO have taken its place by now, this does not wait for whoever writes to it.
+    # If a FIFO has taken its place by now, this does not wait for a writer.
     flags = getattr(os, "O_NONBLOCK", 0)
     with open(path, "rb", opener=lambda name, other: os.open(name, other | flags)) as file:
         try:
             yield file
         except Exception as error:
-            if isinstance(error, OSError) and error.errno:  # of the system; decompressors raise it without a number
+            if isinstance(error, OSError) and error.errno:  # from the system; those of decompressors have no number
                 raise OSError(error.errno, error.strerror, path) from error
             raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error

@@ -1,7 +1,7 @@
 """Values from the host: which of them are numbers, and how they reach the device.
 
-JAX takes more than it should, depending on what ran before: masked arrays without their mask, bytes in a foreign order,
-and integers cut to 32 bits.
+JAX accepts too much, depending on what ran before: masked arrays without their mask, arrays in a foreign byte order,
+and integers truncated to 32 bits.
 """
 
 import functools
@@ -14,12 +14,12 @@ from jax import Array
 
 
 def transfers() -> Any:
-    """Lets what was checked go to the device with the call, under `jax.transfer_guard("disallow")` too."""
+    """Allows checked values to be transferred to the device, even under `jax.transfer_guard("disallow")`."""
     return jax.transfer_guard_host_to_device("allow")
 
 
 def put(value: Any, dtype: Any) -> Array:
-    """The value on the device; what is there already stays as it is."""
+    """The value on the device; an array already there stays as it is."""
     if isinstance(value, jax.Array):
         return value
     with np.errstate(over="ignore"):
@@ -28,27 +28,27 @@ def put(value: Any, dtype: Any) -> Array:
 
 @functools.cache
 def is_real(dtype: Any) -> bool:
-    """Whether JAX has numbers of this dtype, and they are real."""
+    """Whether this is a dtype of real numbers that JAX has."""
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         return False
     return dtype.kind != "m" and dtype.isnative and dtype.itemsize <= 8
 
 
 def shown(value: Any) -> str:
-    """The value as a message tells it: short, and not read back from a device."""
+    """The value as shown in a message: short, and not read back from a device."""
     if isinstance(value, jax.Array):
         return f"a jax.Array of dtype {value.dtype} and shape {value.shape}"
     try:
         text = repr(value)
-    except Exception:  # whatever a class of the caller's raises, or an int of too many digits
+    except Exception:  # from a caller's own class, or an int with too many digits
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def plain(name: str, array: np.ndarray) -> np.ndarray:
-    """An array that holds its numbers, all of them, and nothing beside them: no mask, no unit."""
+    """Checks that an array is plain numbers in native byte order, with no mask and no unit."""
     kind = type(array)
-    if kind not in (np.ndarray, np.memmap) and not kind.__module__.startswith("jax."):  # JAX has one of its own
+    if kind not in (np.ndarray, np.memmap) and not kind.__module__.startswith("jax."):  # JAX has a subclass of its own
         raise TypeError(f"{name}: expected a plain NumPy array, got {type(array).__name__}")
     if not array.dtype.isnative:
         raise TypeError(f"{name}: expected numbers in native byte order, got dtype {array.dtype}")
@@ -69,14 +69,14 @@ def as_numbers(name: str, value: Any) -> np.ndarray:
 
 
 def holds_arrays(value: Any, depth: int = 8) -> bool:
-    """Whether arrays from a device are among the rows of a list."""
+    """Whether a list or tuple holds arrays from a device."""
     if not isinstance(value, list | tuple) or depth == 0:
         return False
     return any(isinstance(x, jax.Array) or holds_arrays(x, depth - 1) for x in value)
 
 
 def _is_listed(name: str, value: Any, depth: int = 8) -> bool:
-    """Whether these are rows of numbers; raises for an array among them that is not plain."""
+    """Whether this is a list or tuple of numbers, or of such; raises for an array in it that is not plain."""
     if not isinstance(value, list | tuple) or depth == 0:
         return False
     return all(
@@ -99,7 +99,7 @@ def _converted(name: str, value: Any) -> np.ndarray:
 
 
 def stored(name: str, array: np.ndarray, dtype: Any, *, infinite: bool = False, normal: bool = False) -> np.ndarray:
-    """The array in a dtype that holds its values: finite, but for +inf where `infinite`, and not taken for 0 by XLA."""
+    """The array in this dtype, in which it must be finite (or +inf, if `infinite`) and, if `normal`, not subnormal."""
     with np.errstate(over="ignore", under="ignore"):
         new = array.astype(dtype)
     if not (np.isfinite(new) | (infinite & np.isposinf(new) & np.isposinf(array))).all():

@@ -1,8 +1,8 @@
-"""What the two kinds of Flax layers share: how parameters are stored and learned, and the calls to the plain functions.
+"""Shared by the Linen and NNX layers: how parameters are stored and learned, and the calls to the plain functions.
 
-A stored array has the name of its parameter behind a prefix that tells how it is stored:
+A stored array has the name of its parameter, with a prefix for how it is stored:
     logscale_tau_m    given value * exp(stored): keeps its sign, never reaches 0, starts exactly at the given value
-    learned_thr_gain  the parameter itself, of which any real number is valid
+    learned_thr_gain  the parameter itself, for which any real number is valid
     fixed_thr         drawn once and not trained
 """
 
@@ -31,12 +31,12 @@ from slif.types import SLIFParams, SLIFState
 
 Carry = tuple[SLIFState, Array]
 LEARNABLE = tuple(name for name, about in ABOUT.items() if about.stored)
-# A factor of 3000 up or down: no step of an optimiser overflows the parameter, or rounds it to 0.
+# A factor of 3000 up or down: no optimiser step can make the parameter overflow, or round to 0.
 BOUND = 8.0
 
 
 class IntegratorOptions(TypedDict, total=False):
-    """What a call of any layer takes beside its input, and whether to return the state."""
+    """Options of any layer's call, besides `return_state`."""
 
     initial_state: SLIFState | None
     valid: Array | np.ndarray | None
@@ -44,7 +44,7 @@ class IntegratorOptions(TypedDict, total=False):
 
 
 class CallOptions(IntegratorOptions, total=False):
-    """What a call of a spiking layer takes as well."""
+    """Further options of a spiking layer's call."""
 
     spike_dtype: DTypeLike | None
     checkpoint_every: int | None
@@ -52,9 +52,9 @@ class CallOptions(IntegratorOptions, total=False):
 
 
 def complete(hyper: Mapping[str, Any], learn: Iterable[str], dt: Any) -> dict[str, Any]:
-    """The hyperparameters with what is learned switched on, and the resistance that goes with a fixed tau_m.
+    """The hyperparameters, with learned mechanisms switched on and the resistance that follows from a fixed tau_m.
 
-    Raises for what cannot be learned.
+    Raises for names that cannot be learned.
     """
     learn, hyper = _check.as_names("learn", learn, LEARNABLE), dict(hyper)
     if "inh_weights" in learn and is_off(hyper["resist_inh"]):
@@ -82,7 +82,7 @@ def complete(hyper: Mapping[str, Any], learn: Iterable[str], dt: Any) -> dict[st
 
 
 def check_made(features: Any, hyper: Mapping[str, Any], dt: Any) -> np.dtype:
-    """Checks what is known when a layer is made, since under jit its parameters are traced; returns its dtype."""
+    """Checks hyperparameters when a layer is made, since under jit they are traced later; returns the dtype."""
     _check.as_size("features", features, 1)
     _check.check_countable("features", features, 1 if is_off(hyper["resist_inh"]) else features)
     dtype = _check.as_requested_dtype("dtype", hyper["dtype"])
@@ -110,7 +110,7 @@ def stored_names(hyper: Mapping[str, Any], learn: Iterable[str]) -> list[str]:
 
 
 def check_stored(features: int, hyper: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """That the stored arrays are those of one cell, and not, as `nn.RNN` can have them, of one for each step."""
+    """Checks that the stored arrays are those of one cell, not of one per step, as `nn.RNN` can make them."""
     shapes = {"thr": (features,), "inh_weights": (features, features)}
     for key, value in stored.items():
         name = key.partition("_")[2]
@@ -123,14 +123,14 @@ def check_stored(features: int, hyper: Mapping[str, Any], stored: Mapping[str, A
 
 
 def draw(key: Array, features: int, hyper: Mapping[str, Any], dtype: Any) -> SLIFParams:
-    """Parameters by `init_params`; a resistance that follows tau_m takes part in no draw, and is left to `assemble`."""
+    """Parameters from `init_params`; a resistance that follows tau_m affects no draw, and is left to `assemble`."""
     given: dict[str, Any] = {**hyper, "dtype": dtype}
     given |= {"resist_m": 1.0} if hyper["resist_m"] is None else {}
     return init_params(key, features, **given)
 
 
 def stored_values(key: Array, features: int, hyper: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:
-    """Initial values, in float32 or wider so that small steps of an optimiser do not round away."""
+    """Initial values, in float32 or wider so that small optimiser steps do not round away."""
     params = draw(key, features, hyper, wide(_check.as_floating_dtype("dtype", hyper["dtype"])))
     values = {name: getattr(params, name.partition("_")[2]) for name in names}
     with _check.transfers():
@@ -152,26 +152,26 @@ def given_params(features: int, hyper: Mapping[str, Any]) -> SLIFParams:
 
 
 def assemble(given: SLIFParams, stored: Mapping[str, Array], dt: ArrayLike) -> SLIFParams:
-    """The parameters of the cell now: what was given, with what is stored in its place."""
+    """The current parameters of the cell: those given, with stored values in their place."""
     dtype, leaves = given.thr.dtype, {}
     for key, value in stored.items():
         kind, _, name = key.partition("_")
         if kind == "logscale":
-            # Beyond the bound too a gradient comes through, or a parameter that got there would never come back.
+            # The gradient passes beyond the bound too, or a parameter that got there could never come back.
             with _check.transfers():
                 bounded = attach(jnp.clip(value, -BOUND, BOUND), value, jnp.ones_like(value))
                 value = jnp.asarray(getattr(given, name), value.dtype) * jnp.exp(bounded)
         elif kind == "fixed":
             value = lax.stop_gradient(value)
         leaves[name] = value
-    if given.resist_m is None:  # then tau_m is learned, and a current j moves v by j at each of its values
+    if given.resist_m is None:  # then tau_m is learned; whatever its value, a current j moves v by j
         with _check.transfers():
             leaves["resist_m"] = leaves["tau_m"] / jnp.asarray(dt, leaves["tau_m"].dtype)
     return _check.as_device_params(given.replace(**{name: value.astype(dtype) for name, value in leaves.items()}))
 
 
 def integrator(tau_m: Numbers, resist_m: Numbers | None, dtype: DTypeLike) -> dict[str, Any]:
-    """The hyperparameters of a cell that never fires; its v differentiates under any surrogate of the voltage."""
+    """The hyperparameters of a cell that never fires; its v has a gradient under any voltage surrogate."""
     defaults = {field: getattr(MechanismFields(), field) for field in MechanismFields.__annotations__}
     given = {"tau_m": tau_m, "resist_m": resist_m, "thr": np.inf, "thr_jitter": 0.0, "dtype": dtype}
     return defaults | given | {"surrogate": straight_through()}
@@ -185,12 +185,12 @@ def initial_carry(params: SLIFParams, input_shape: tuple[int, ...]) -> Carry:
         raise ValueError(f"input_shape: expected (..., {params.n_units}), got {input_shape}")
     _check.check_countable("input_shape", *input_shape)
     with _check.transfers():
-        # One count a row: `RNN` picks the last carry of each row by its sequence length.
+        # One count per row: `RNN` picks the last carry of each row by its sequence length.
         return init_state(params, tuple(batch)), jnp.zeros(batch, jnp.int32)
 
 
 def recurrent_init(init: Any) -> Callable[..., Array]:
-    """The initialiser of a recurrent kernel, held to the shape that it is asked for."""
+    """The initialiser of a recurrent kernel, with a check that it returns the requested shape."""
     if not callable(init):
         raise TypeError(f"recurrent_kernel_init: expected an initialiser, got {shown(init)}")
 
@@ -260,7 +260,7 @@ def run_sequence(
     alone: str = "s",
     **options: Any,
 ) -> Any:
-    """What a layer's call returns; the record `alone`, if it is all that is asked for, without a dict around it."""
+    """The result of a layer's call; if only the record `alone` is requested, the array instead of a dict."""
     x = _check.as_currents("x", x, params.thr.dtype)
     if x.ndim < 2 or x.shape[-1] != params.n_units:
         raise ValueError(f"x: expected a time axis and a last axis of {params.n_units} features, got shape {x.shape}")

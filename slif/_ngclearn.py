@@ -1,4 +1,4 @@
-"""The files and the live cells of ngc-learn; `slif.checkpoint` has these functions."""
+"""Files and live cells of ngc-learn; `slif.checkpoint` exports these functions."""
 
 import io
 import math
@@ -15,20 +15,20 @@ from slif.types import FIELDS, SLIFParams, SLIFState
 
 
 def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFParams, state: SLIFState) -> None:
-    """Saves what ngc-learn's cell saves, for ngc-learn to load: the thresholds.
+    """Saves the thresholds, all that ngc-learn's cell saves, in a file that ngc-learn loads.
 
         threshold = params.thr   [state.thr with thr_persist]
 
     Args:
-        directory: the folder, which has to be there.
-        name: the cell's name; the file is `<name>.npz`, replaced as that of `save` is.
+        directory: the folder, which must exist.
+        name: the cell's name; the file is `<name>.npz`, replaced as in `save`.
         params: the parameters.
         state: the state, fields [..., N]; batch dimensions become one, so that the array is [1, N] or [B, N].
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a shape does not fit, a parameter is out of range or not finite, or `name` leads out of the folder.
-        OSError: the file cannot be written, or what is there is no regular file.
+        TypeError: an argument has the wrong type.
+        ValueError: a shape is wrong, a parameter is out of range or not finite, or `name` leads out of the folder.
+        OSError: the file cannot be written, or its path is not a regular file.
 
     Source: ngc-learn's `SLIFCell.save`.
 
@@ -45,7 +45,7 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
     state = jax.device_get(_check.as_device_state(params, state))
     params = _check.as_host_params(params)
     thr = np.asarray(_check.as_real("thr", state.thr if params.thr_persist else params.thr))
-    # ngc-learn holds float32 and has no other 16-bit type than NumPy's.
+    # ngc-learn uses float32, and knows no 16-bit type but NumPy's.
     thr = thr.astype(np.promote_types(thr.dtype, np.float32)).reshape(-1, params.n_units)
     with replacing(path) as file:
         np.savez(file, threshold=thr)
@@ -54,24 +54,24 @@ def save_ngclearn(directory: str | os.PathLike[str], name: str, params: SLIFPara
 def load_ngclearn(
     directory: str | os.PathLike[str], name: str, params: SLIFParams, state: SLIFState
 ) -> tuple[SLIFParams, SLIFState]:
-    """Loads what ngc-learn's cell saved: the thresholds, which become both the base ones and the current ones.
+    """Loads the thresholds that ngc-learn's cell saved, as both the base and the current ones.
 
         params.thr = state.thr = threshold
 
     Args:
         directory: the folder.
         name: the cell's name; the file is `<name>.npz`.
-        params: the parameters; all but the thresholds stay.
-        state: the state, fields [..., N]; all but the thresholds stay.
+        params: the parameters; all but the thresholds are kept.
+        state: the state, fields [..., N]; all but the thresholds are kept.
 
     Returns:
-        The parameters and the state. Base thresholds are [N] where the file holds [1, N], else [..., N], one a row.
+        The parameters and the state. Base thresholds are [N] if the file holds [1, N], else [..., N], one set per row.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: the file is damaged or of another kind, its thresholds do not fit N or the batch of the state or are
-            not finite (inf is a threshold), or `name` leads out of the folder.
-        OSError: the file cannot be read, or is no regular file.
+        TypeError: an argument has the wrong type.
+        ValueError: the file is damaged or of another kind, its thresholds do not match N or the batch of the state, or
+            are not finite (inf is allowed), or `name` leads out of the folder.
+        OSError: the file cannot be read, or is not a regular file.
 
     Source: ngc-learn's `SLIFCell.load`.
 
@@ -97,7 +97,7 @@ def load_ngclearn(
 
 
 def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
-    """Takes parameters and state from a live cell of ngc-learn, to go on from there spike for spike.
+    """Takes parameters and state from a live ngc-learn cell, to continue from there spike for spike.
 
         params.thr = threshold0,   inh_weights = the cell's own,   every field of the state = the compartment's value
 
@@ -105,11 +105,11 @@ def from_ngclearn(cell: Any) -> tuple[SLIFParams, SLIFState]:
         cell: an ngc-learn `SLIFCell`.
 
     Returns:
-        The parameters, with the mechanisms that the cell uses, and the state [B, N]. Leaves are float32. `thr_gain` is
-        an array of 0 where nothing adapts the thresholds and they are not the base ones, so that they count.
+        The parameters, with the mechanisms that the cell uses, and the state [B, N]. Leaves are float32. If nothing
+            adapts the thresholds but they differ from the base ones, `thr_gain` is an array of 0, so that they count.
 
     Raises:
-        TypeError: `cell` is not one.
+        TypeError: `cell` is not an ngc-learn `SLIFCell`.
         ValueError: a unit of the cell inhibits itself, which slif leaves out, or a number is out of range.
 
     Source: ngc-learn's `SLIFCell`.
@@ -147,7 +147,7 @@ def _taken(cell: Any) -> tuple[SLIFParams, SLIFState]:
     fields: Any = {name: np.asarray(jax.device_get(getattr(cell, name).get()), np.float32) for name in FIELDS}
     fields = {name: np.array(np.broadcast_to(x, fields["v"].shape)) for name, x in fields.items()}
     if not {"thr_gain", "thr_leak", "rho_b"} & set(leaves) and (fields["thr"] != base).any():
-        leaves["thr_gain"] = np.float32(0)  # with which the thresholds are those of the state
+        leaves["thr_gain"] = np.float32(0)  # so that the thresholds of the state are used
     params = _check.as_device_params(SLIFParams(**jax.device_get(leaves), **static))
     return params, _check.as_device_state(params, SLIFState(**fields))
 
@@ -161,8 +161,8 @@ def _ngclearn_file(directory: str | os.PathLike[str], name: str) -> str:
 
 
 def _thresholds(file: IO[bytes], shapes: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """The array that ngc-learn saved; no more of the file is read or unpacked than an array of these shapes takes."""
-    limit = 16 * max(map(math.prod, shapes)) + 2**20  # the longest real numbers, and what may stand beside them
+    """The array that ngc-learn saved; no more of the file is read or unpacked than an array of these shapes needs."""
+    limit = 16 * max(map(math.prod, shapes)) + 2**20  # the widest real numbers, and room for headers
     content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"expected no more than {limit} bytes, got a longer file")
@@ -171,11 +171,11 @@ def _thresholds(file: IO[bytes], shapes: tuple[tuple[int, ...], ...]) -> np.ndar
         if len(members) != 1:
             names = str(archive.namelist()[:9])[:200]
             raise ValueError(f"expected one array threshold, got {len(members)} among {names}")
-        # The other methods unpack a whole block, however little of it is asked for.
+        # The other methods unpack a whole block, however little of it is requested.
         if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"expected an array as NumPy packs it, got method {members[0].compress_type}")
         with archive.open(members[0]) as member:
-            # Headers of later versions are of any length, and are read before they are looked at.
+            # Headers of later versions can have any length, and are read before they are checked.
             if (version := np.lib.format.read_magic(member)) != (1, 0):
                 raise ValueError(f"threshold: expected version (1, 0) of NumPy's format, got {version}")
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
@@ -186,6 +186,6 @@ def _thresholds(file: IO[bytes], shapes: tuple[tuple[int, ...], ...]) -> np.ndar
             data = member.read(size + 1)
             if len(data) != size:
                 raise ValueError(f"threshold: expected {size} bytes of numbers, got {len(data)} or more")
-    # In the byte order of this machine, whatever that of the file's was.
+    # In this machine's byte order, whatever the file's.
     thr = np.frombuffer(data, dtype).astype(np.float64)
     return thr.reshape(shape, order="F" if fortran_order else "C")

@@ -1,7 +1,7 @@
-"""What is warned of at the entry: numbers that are valid, and hardly meant.
+"""Warnings about numbers that are valid but probably not intended.
 
-Only Python and NumPy values are looked at. What a device array was made from is kept beside it for as long as the array
-lives, so that nothing is ever read back.
+Only Python and NumPy values are checked. The host value that a device array was made from is kept for as long as the
+array lives, so that nothing is ever read back.
 """
 
 import sys
@@ -21,7 +21,7 @@ _MADE_FROM: dict[int, tuple[weakref.ref, Any]] = {}
 
 
 def made(array: Any, value: Any) -> Any:
-    """The array, with the value from the host that it was made from kept for `known`."""
+    """The array, with the host value that it was made from kept for `known`."""
     if not isinstance(array, Tracer) and not isinstance(value, jax.Array):
         key = id(array)
         _MADE_FROM[key] = weakref.ref(array, lambda _: _MADE_FROM.pop(key, None)), value
@@ -29,7 +29,7 @@ def made(array: Any, value: Any) -> Any:
 
 
 def known(value: Any) -> Any:
-    """What the host knows of a number: a Python or NumPy value, or what the array was made from; else None."""
+    """The value of a number on the host: a Python or NumPy value, or what the array was made from; else None."""
     entry = _MADE_FROM.get(id(value))
     if entry is not None and entry[0]() is value:
         return entry[1]
@@ -37,7 +37,7 @@ def known(value: Any) -> Any:
 
 
 def euler(tau_m: Any, dt: Any) -> None:
-    """Warns of steps so long that the potential grows at each; both are scalars, or arrays of one point each."""
+    """Warns of steps so long that the potential grows at each; both are scalars, or arrays with one value per point."""
     tau_m, dt = known(tau_m), known(dt)
     if tau_m is None or dt is None:
         return
@@ -52,7 +52,7 @@ def euler(tau_m: Any, dt: Any) -> None:
 
 
 def jitter(thr: Any, width: Any) -> None:
-    """Warns of a jitter that leaves thresholds below 0, the potential at rest."""
+    """Warns of a jitter that can put thresholds below 0, the resting potential."""
     if isinstance(thr, jax.Array) or isinstance(width, jax.Array) or not width:
         return
     low = np.asarray(thr)
@@ -64,14 +64,14 @@ def jitter(thr: Any, width: Any) -> None:
 
 
 def clock(refract_time: Any, dt: Any, dtype: Any) -> None:
-    """Warns of periods that the clock of a dtype never reaches; both are scalars, or arrays of one point each.
+    """Warns of periods that a clock of this dtype never reaches; both are scalars, or arrays with one value per point.
 
-    It stops at the first power of two to which dt is half a unit in the last place, or less.
+    The clock stops at the first power of two where dt is half a unit in the last place, or less.
     """
     refract_time, dt = known(refract_time), known(dt)
     if refract_time is None or dt is None:
         return
-    reached = refract_time * 2.0**-8 <= dt  # in the coarsest of dtypes
+    reached = refract_time * 2.0**-8 <= dt  # even in the coarsest dtype
     if reached if isinstance(reached, bool) else reached.all():
         return
     periods, steps = (np.asarray(x).astype(dtype).astype(np.float64) for x in (refract_time, dt))
@@ -87,14 +87,14 @@ def clock(refract_time: Any, dt: Any, dtype: Any) -> None:
 
 
 def narrowed(name: str, asked: Any, stored: np.dtype) -> np.dtype:
-    """Warns of a dtype that JAX has under x64 only; Python's types stand for whatever there is."""
+    """Warns of a dtype that JAX only has under x64; `float` and `int` stand for whatever there is."""
     if asked is not None and asked is not float and asked is not int and np.dtype(asked) != stored:
         _warn(f"{name}: {np.dtype(asked)} needs jax_enable_x64, and is {stored} without it")
     return stored
 
 
 def _warn(message: str) -> None:
-    """At the line of the program that the call came from."""
+    """Warns at the line of the user's program that the call came from."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1

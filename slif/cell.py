@@ -15,16 +15,16 @@ from slif.types import SLIFParams, SLIFState
 def advance(
     params: SLIFParams, state: SLIFState, j: Array, t: Array, dt: Array, feedback: Array | None = None
 ) -> SLIFState:
-    """One step of the equations; the numbers come from `as_runtime_values`."""
+    """One step of the equations, on numbers from `as_runtime_values`."""
     i = drive(params, state.s, j.astype(state.v.dtype), feedback)
     u = charge(params, state, i, dt)
     return fire(params, state, u, i, t, dt)
 
 
 def drive(params: SLIFParams, s: Array, j: Array, feedback: Array | None = None) -> Array:
-    """i = j resist_m [- (s @ inh_weights) resist_inh where resist_inh > 0], by the spikes s of the step before.
+    """i = j resist_m [- (s @ inh_weights) resist_inh where resist_inh > 0], with s the spikes of the previous step.
 
-    With feedback j is the input and s @ feedback.
+    With feedback, s @ feedback is added to j first.
     """
     if feedback is not None:
         j = j + matmul(s, feedback)
@@ -44,11 +44,11 @@ def charge(params: SLIFParams, state: SLIFState, i: Array, dt: Array) -> Array:
 
 
 def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array) -> SLIFState:
-    """z = u > thr, and all that a spike does."""
+    """z = u > thr, and everything that a spike changes."""
     by_current = params.surrogate.wrt == "current"
     x = i if by_current else distance(u, state.thr)
     h = params.surrogate(x)
-    if by_current:  # d s' = h(i) di, and all else counts as constant
+    if by_current:  # d s' = h(i) di; all else counts as constant
         params, state, u, t, dt = lax.stop_gradient((params, state, u, t, dt))
     thr, rfr, tols = state.thr, state.rfr, state.tols
 
@@ -68,18 +68,18 @@ def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt:
 
 
 def distance(u: Array, thr: Array) -> Array:
-    """u - thr, or far below 0 for an endless threshold: derivatives of slopes are no numbers at infinity."""
+    """u - thr, or far below 0 for an infinite threshold, where the derivatives of slopes would be NaN."""
     return jnp.where(thr < jnp.inf, u - thr, -(float(jnp.finfo(u.dtype).max) ** 0.5))
 
 
 def reset_potential(params: SLIFParams, u: Array, thr: Array, z: Array) -> Array:
-    """v' = 0, or with a soft reset u - thr, if z, else u; differentiated through z as (1 - z) u, or u - z thr."""
+    """v' = 0 (u - thr for a soft reset) if z, else u; differentiated through z as (1 - z) u, or u - z thr."""
     spiked = 0 if params.reset == "zero" else u - thr
     v = jnp.where(z > 0, spiked, u)
     if params.surrogate.detach_reset:
         return v
     lost = u if params.reset == "zero" else thr
-    finite = jnp.isfinite(lost)  # 0 times infinity would be no number
+    finite = jnp.isfinite(lost)  # 0 * inf would be NaN
     return jnp.where(finite, u - z * jnp.where(finite, lost, 0), v)
 
 
@@ -89,8 +89,8 @@ def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
     if params.thr_gain is not None:
         adapted = adapted + z * params.thr_gain
     if params.thr_leak is not None:
-        # An endless threshold loses nothing: inf - inf is no number. With a constant in place of z the compiler would
-        # take the product into the select, and round it on its own.
+        # An infinite threshold loses nothing: inf - inf is NaN. With a constant in place of z, the compiler would move
+        # the product into the select and round it separately.
         adapted = adapted - jnp.where(thr < jnp.inf, thr, lax.stop_gradient(z)) * params.thr_leak
     if params.rho_b is None:
         return adapted
@@ -99,17 +99,17 @@ def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
 
 
 def matmul(s: Array, weights: Array) -> Array:
-    """s @ weights, from row to column; in full precision, where GPUs and TPUs multiply in fewer bits by default."""
+    """s @ weights, from row to column, in full precision: GPUs and TPUs multiply in fewer bits by default."""
     return jnp.dot(replicate_units(s), weights, precision=lax.Precision.HIGHEST)
 
 
 def adapts(params: SLIFParams) -> bool:
-    """Whether anything changes the thresholds: then those of the state count, else those of params."""
+    """Whether anything changes the thresholds; if so, those of the state are used, else those of params."""
     return not (params.thr_gain is params.thr_leak is params.rho_b is None)
 
 
 def take_thresholds(params: SLIFParams, state: SLIFState) -> SLIFState:
-    """The state to step from: thresholds that nothing adapts are those of params, whatever the state holds."""
+    """The state to step from: thresholds that nothing adapts come from params, whatever the state holds."""
     return state if adapts(params) else state.replace(thr=broadcast_like(params.thr, state.v))
 
 
@@ -127,18 +127,18 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
 
     Args:
         params: the parameters.
-        state: the state after the step before, fields [..., N].
-        j: input current [..., N]; another dtype is cast to that of params, 64 bits of NumPy's without wrapping.
-        t: the time of this step, ms; it enters tols only.
-        dt: the length of the step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are
-            known as Python or NumPy values.
+        state: the state after the previous step, fields [..., N].
+        j: input current [..., N], cast to the dtype of params; 64-bit integers from NumPy do not wrap.
+        t: the time of this step, ms; only tols depends on it.
+        dt: the length of the step, ms, positive. Above 2 tau_m forward Euler diverges, with a UserWarning if both
+            come from Python or NumPy values.
 
     Returns:
-        The state after the step; its v is after the reset, its s is the output.
+        The state after the step; v is after the reset, s is the output.
 
     Raises:
-        TypeError: an argument is not of its kind, or its dtype is not that of params.
-        ValueError: a shape does not fit, or a Python or NumPy value is out of range or not finite.
+        TypeError: an argument has the wrong type, or its dtype is not that of params.
+        ValueError: a shape does not match, or a Python or NumPy value is out of range or not finite.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `SLIFCell.advance_state`.
 

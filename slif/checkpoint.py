@@ -1,4 +1,4 @@
-"""Checkpoints: parameters and state in one file without pickle; and, from `slif._ngclearn`, those of ngc-learn."""
+"""Checkpoints: parameters and state in one file without pickle, and the files of ngc-learn (`slif._ngclearn`)."""
 
 import hashlib
 import os
@@ -16,26 +16,26 @@ from slif.types import SLIFParams, SLIFState
 
 __all__ = ["from_ngclearn", "load", "load_ngclearn", "save", "save_ngclearn"]
 
-MAGIC = b"slif checkpoint 1\n"  # the number is that of the schema
+MAGIC = b"slif checkpoint 1\n"  # the number is the version of the schema
 
 
 def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> None:
-    """Saves parameters and state, every leaf to the bit, in one file that needs no pickle.
+    """Saves parameters and state, every leaf bit for bit, in one file without pickle.
 
         load(path) = (params, state)   after   save(path, params, state)
 
     Args:
-        path: the file, under exactly this name; what it held before is replaced as a whole or not at all, and its mode
-            stays, as does its owner where that is permitted. Through a link, the file that it leads to. What killed
-            saves left beside it goes with the first save an hour later.
-        params: the parameters. A surrogate made by `custom` holds a function and cannot be saved: give params another
-            one for the file, and put yours back with `params.replace(surrogate=...)` after `load`.
+        path: the file, under exactly this name. An existing file is replaced as a whole or not at all, and keeps its
+            mode and, where permitted, its owner; a link is followed. Temporary files that killed saves left next to it
+            are removed by the first save an hour later.
+        params: the parameters. A surrogate made by `custom` holds a function and cannot be saved: replace it
+            before saving, and put it back with `params.replace(surrogate=...)` after `load`.
         state: the state, fields [..., N].
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a shape does not fit, a parameter is out of range or not finite, or the surrogate cannot be saved.
-        OSError: the file cannot be written, or what is there is no regular file.
+        TypeError: an argument has the wrong type.
+        ValueError: a shape does not match, a parameter is out of range or not finite, or the surrogate cannot be saved.
+        OSError: the file cannot be written, or `path` is not a regular file.
 
     Source: the msgpack format of `flax.serialization`, after a line that names the schema and a SHA-256 digest.
 
@@ -61,12 +61,12 @@ def save(path: str | os.PathLike[str], params: SLIFParams, state: SLIFState) -> 
 
 
 def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
-    """Loads what `save` wrote, every leaf to the bit.
+    """Loads what `save` wrote, every leaf bit for bit.
 
         load(path) = (params, state)   after   save(path, params, state)
 
-    Nothing in the file is trusted: its digest is checked before any of it is parsed, no code of it is run, and its
-    parameters are held to the bounds of `init_params`. The state may hold NaN and inf, as that of a run may.
+    Nothing in the file is trusted: its digest is checked before anything is parsed, nothing in it is executed, and its
+    parameters must be within the bounds of `init_params`. The state may hold NaN and inf, as after a run.
 
     Args:
         path: the file.
@@ -75,10 +75,10 @@ def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
         The parameters and the state.
 
     Raises:
-        TypeError: `path` is not one.
-        ValueError: the file is not what `save` wrote, to the byte; is of another schema version; its shapes do not fit
-            each other; a parameter is out of range or not finite; or it holds float64 and JAX is not set to.
-        OSError: the file cannot be read, or is no regular file.
+        TypeError: `path` is not a path.
+        ValueError: the file differs from what `save` wrote; has another schema version, shapes that do not match, or a
+            parameter that is out of range or not finite; or holds float64 without jax_enable_x64.
+        OSError: the file cannot be read, or is not a regular file.
 
     Source: the msgpack format of `flax.serialization`, after a line that names the schema and a SHA-256 digest.
 
@@ -102,8 +102,8 @@ def load(path: str | os.PathLike[str]) -> tuple[SLIFParams, SLIFState]:
 
 
 def _restored(params: Any, state: Any, kind: Any, detach_reset: Any, **static: Any) -> tuple[SLIFParams, SLIFState]:
-    """What `save` was given, from the entries of its file."""
-    static = {"reset": ABOUT["reset"].default} | static  # which files of 0.1 do not have
+    """The arguments of `save`, rebuilt from the entries of its file."""
+    static = {"reset": ABOUT["reset"].default} | static  # absent from files of 0.1
     if static.keys() != set(STATIC):
         raise ValueError(f"expected the entries {', '.join(STATIC)}, got {', '.join(static)}")
     for keys, x in jax.tree_util.tree_leaves_with_path({"params": params, "state": state}):
@@ -112,7 +112,7 @@ def _restored(params: Any, state: Any, kind: Any, detach_reset: Any, **static: A
             raise ValueError(f"expected jax_enable_x64 to be set, since the file holds {x.dtype}")
     surrogate = named(kind, params.pop("surrogate"), detach_reset)
     params, state = SLIFParams(**params, **static, surrogate=surrogate), SLIFState(**state)
-    # On the host, where values can be looked at. The leaves go on as they are: the check would cast them.
+    # Checked on the host, where values can be read; the result is dropped, since it has cast leaves.
     _check.as_params(params)
     _check.check_slope_numbers(surrogate.numbers, params.thr.dtype)
     params, state = jax.device_put((params, state))

@@ -1,8 +1,8 @@
-"""The derivative with respect to the current, of a whole sequence at once.
+"""The derivative under a surrogate with respect to the current, for a whole sequence at once.
 
-Under such a surrogate d s' = h(i) di, and all else counts as constant (`cell.fire` says so of a step). Where i depends
-on the input alone, so does the derivative: the loop runs on constants and keeps nothing for the backward pass, and what
-it returns gets its derivative here.
+Under such a surrogate d s' = h(i) di, and all else counts as constant (`cell.fire` does this for one step). If i
+depends on the input alone, so does the derivative: the loop runs on constants and keeps nothing for the backward pass,
+and its results get their derivative here.
 """
 
 import jax
@@ -21,7 +21,7 @@ def attach_gradient(
 ) -> Result:
     """The final state and the records of a loop on constants, with the derivative of spikes, counts and currents."""
     if valid is not None:
-        currents = jnp.where(valid, currents, 0)  # as in the loop, for the same reason
+        currents = jnp.where(valid, currents, 0)  # so that no NaN in a frozen row reaches a gradient
     i = jax.vmap(lambda j: drive(params, state.s, j.astype(state.v.dtype)))(currents)
     slope = jax.vmap(params.surrogate)(i)
     if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):

@@ -1,4 +1,4 @@
-"""What the cell is, as data."""
+"""A description of the cell, as data."""
 
 import dataclasses
 from typing import Any
@@ -7,13 +7,13 @@ from slif.hyperparameters import ABOUT, N_UNITS, THR_JITTER
 
 
 def describe() -> dict[str, Any]:
-    """Tells what the cell is: its inputs, states and outputs, hyperparameters with units and defaults, and dynamics.
+    """Describes the cell: its inputs, states, outputs, hyperparameters with units and defaults, and dynamics.
 
         tau_m * dv/dt = -v + j * resist_m
 
     Returns:
         A dict with "cell_type", "inputs", "states", "outputs", "hyperparameters" and "dynamics". Each hyperparameter
-        is a dict with "description", "unit" (None for a pure number) and "default" (absent where one must be given).
+            is a dict with "description", "unit" (None for a pure number) and "default" (absent if it is required).
 
     Source: ngc-learn's `SLIFCell.help`.
 
@@ -23,7 +23,7 @@ def describe() -> dict[str, Any]:
     """
     hyperparameters = {}
     for name, about in ({"n_units": N_UNITS} | ABOUT | {"thr_jitter": THR_JITTER}).items():
-        if name == "inh_weights":  # which is drawn, and no argument of `init_params`
+        if name == "inh_weights":  # drawn, not an argument of `init_params`
             continue
         hyperparameters[name] = {"description": about.description, "unit": about.unit}
         if about.default is not dataclasses.MISSING:

@@ -1,6 +1,6 @@
-"""The hyperparameters of the cell: what there is to know of each stands here, once.
+"""The hyperparameters of the cell, in one table.
 
-`describe`, the checks, the Flax layers, sweeps, the kernels and the files read it from this table.
+`describe`, the checks, the Flax layers, sweeps, the kernels and the files all read it.
 """
 
 import dataclasses
@@ -17,25 +17,25 @@ from slif.surrogate import Surrogate
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Numbers = ArrayLike | Sequence[float]  # one for all units, or one each
+Numbers = ArrayLike | Sequence[float]  # one for all units, or one per unit
 REQUIRED: Any = dataclasses.MISSING
 
 
 class Hyperparameter(NamedTuple):
-    """What there is to know of one."""
+    """The properties of one hyperparameter."""
 
     description: str
     unit: str | None = None  # None for a pure number
     default: Any = REQUIRED  # a Python 0 leaves a mechanism out
     shape: Literal["scalar", "units", "thresholds", "matrix", "static"] = "units"  # "units" is a scalar or [N]
-    low: float = -np.inf  # the lowest value
-    open: bool = False  # the lowest value itself is not allowed
+    low: float = -np.inf  # the lowest allowed value
+    open: bool = False  # the lowest value itself is excluded
     infinite: bool = False  # infinity is allowed
-    normal: bool = False  # positive values below the normal numbers, which XLA may take for 0, are not allowed
-    positive: bool = False  # it acts where it is positive, and not where it is 0 or below
-    choices: tuple[Any, ...] = ()  # the values of a static one
-    stored: Literal["logscale", "learned"] | None = None  # how a layer that learns it stores it; None: it cannot
-    by_current: bool = False  # a surrogate with respect to the current gives it a gradient too
+    normal: bool = False  # positive subnormal values are not allowed, since XLA may treat them as 0
+    positive: bool = False  # active only where positive
+    choices: tuple[Any, ...] = ()  # the allowed values of a static one
+    stored: Literal["logscale", "learned"] | None = None  # how layers that learn it store it; None if they cannot
+    by_current: bool = False  # has a gradient under a surrogate with respect to the current too
 
 
 ABOUT = {
@@ -43,19 +43,17 @@ ABOUT = {
     "resist_m": Hyperparameter("membrane resistance", "voltage / current", stored="logscale", by_current=True),
     "thr": Hyperparameter("base threshold", "voltage", shape="thresholds", infinite=True, stored="learned"),
     "refract_time": Hyperparameter("refractory period", "ms", 0.0, low=0),
-    "thr_gain": Hyperparameter("what a unit's spike adds to its threshold", "voltage / spike", 0.0, stored="learned"),
-    "thr_leak": Hyperparameter(
-        "share of its threshold that a unit loses at each step", "1 / step", 0.0, stored="learned"
-    ),
+    "thr_gain": Hyperparameter("added to a unit's threshold when it spikes", "voltage / spike", 0.0, stored="learned"),
+    "thr_leak": Hyperparameter("fraction of the threshold lost at each step", "1 / step", 0.0, stored="learned"),
     "rho_b": Hyperparameter(
-        "sparsity control of the thresholds; where positive, it replaces gain and leak",
+        "sparsity control of the thresholds; where positive, it replaces thr_gain and thr_leak",
         *("voltage / spike", 0.0, "scalar"),
         normal=True,
         positive=True,
         stored="logscale",
     ),
     "resist_inh": Hyperparameter(
-        "resistance to lateral inhibition; acts where positive",
+        "resistance to lateral inhibition; active where positive",
         *("voltage / spike", 0.0),
         normal=True,
         positive=True,
@@ -69,10 +67,10 @@ ABOUT = {
         "output stays 1 throughout the refractory period", default=False, shape="static", choices=(False, True)
     ),
     "thr_persist": Hyperparameter(
-        "thresholds stay through `slif.reset`", default=False, shape="static", choices=(False, True)
+        "`slif.reset` leaves the thresholds alone", default=False, shape="static", choices=(False, True)
     ),
     "reset": Hyperparameter(
-        "what a spike does to the potential: 'zero', or 'subtract' the threshold",
+        "what a spike does to the potential: 'zero' sets it to 0, 'subtract' subtracts the threshold",
         default="zero",
         shape="static",
         choices=("zero", "subtract"),
@@ -81,7 +79,7 @@ ABOUT = {
 NUMERIC = tuple(name for name, about in ABOUT.items() if about.shape != "static")  # the leaves of SLIFParams
 STATIC = tuple(name for name, about in ABOUT.items() if about.shape == "static")
 OPTIONAL = tuple(name for name in NUMERIC if ABOUT[name].default is not REQUIRED)  # the mechanisms that can be absent
-# Arguments of `init_params` that are no fields of SLIFParams.
+# Arguments of `init_params` that are not fields of SLIFParams.
 THR_JITTER = Hyperparameter(
     "half the range of the uniform jitter of the thresholds", "voltage", 0.05, shape="scalar", low=0
 )
@@ -89,7 +87,7 @@ N_UNITS = Hyperparameter("number of units")
 
 
 class Mechanisms(TypedDict, total=False):
-    """The keyword arguments that `init_params` and the layers have in common, each with a default."""
+    """Keyword arguments that `init_params` and the layers share, each with a default."""
 
     resist_inh: Numbers
     thr_persist: bool
@@ -122,7 +120,7 @@ class MechanismFields:
 
 
 def with_defaults(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of **mechanisms that is given all of them, and whose signature shows them one by one."""
+    """Fills in the defaults of **mechanisms, and lists them in the function's signature."""
     signature = inspect.signature(function)
     named = [x for x in signature.parameters.values() if x.kind is not inspect.Parameter.VAR_KEYWORD]
     mechanisms = [

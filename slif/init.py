@@ -1,4 +1,4 @@
-"""Parameters and states of the cell: making them, and putting a state back to rest."""
+"""Makes parameters and states of the cell, and puts a state back to rest."""
 
 import functools
 from typing import Any, Unpack
@@ -30,37 +30,38 @@ def init_params(
         inh_weights ~ U(0.025, 1) with a zero diagonal,   thr = thr + U(-thr_jitter, thr_jitter)
 
     A Python 0 for `thr_gain`, `thr_leak`, `rho_b` or `resist_inh` leaves the mechanism out; an array keeps it traced,
-    whatever it holds, so that a sweep can cross zero. Every number is a scalar or, but for `rho_b` and `thr_jitter`,
-    an array [N].
+    whatever its values, so that a sweep can cross zero. Every number is a scalar or an array [N], except that `rho_b`
+    and `thr_jitter` are scalars.
 
     Args:
         key: a PRNG key.
         n_units: the number of units, N.
-        tau_m: membrane time constant, ms, positive; half of dt or more, or forward Euler diverges.
-        resist_m: membrane resistance.
+        tau_m: membrane time constant, ms, positive; below dt / 2 forward Euler diverges.
+        resist_m: membrane resistance, voltage per current.
         thr: base threshold, in units of voltage.
-        resist_inh: resistance to lateral inhibition; acts where positive.
-        thr_persist: keep the thresholds through `slif.reset`.
-        thr_gain: what a unit's spike adds to its threshold.
-        thr_leak: share of its threshold that a unit loses at each step.
-        rho_b: sparsity control of the thresholds; where positive, it replaces gain and leak.
-        refract_time: refractory period, ms, 0 or more; one of dt or less blocks nothing. Where a clock of this dtype
-            stops before it, in steps of dt, there is a UserWarning in the calls that take dt: such a unit fires once.
+        resist_inh: resistance to lateral inhibition, voltage per spike; active where positive.
+        thr_persist: `slif.reset` leaves the thresholds alone.
+        thr_gain: voltage added to a unit's threshold when it spikes.
+        thr_leak: fraction of the threshold lost at each step.
+        rho_b: sparsity control of the thresholds, voltage per spike; where positive, it replaces thr_gain and thr_leak.
+        refract_time: refractory period, ms, 0 or more; a period of dt or less has no effect. If a clock of this dtype,
+            in steps of dt, stops before the period ends, calls that take dt give a UserWarning: such a unit fires only
+            once.
         sticky_spikes: hold the output at 1 throughout the refractory period.
-        thr_jitter: half the range of the uniform jitter of the thresholds, 0 or more. Where it reaches thr there is a
-            UserWarning: a unit of a threshold below 0 fires at every step without input.
+        thr_jitter: half the range of the uniform jitter of the thresholds, in units of voltage, 0 or more. There
+            is a UserWarning if it reaches thr: a unit with a threshold below 0 fires at every step without input.
         surrogate: the estimator of the spike's derivative; None for `secant()`.
-        dtype: dtype of every leaf; float64 is float32 without x64, with a UserWarning. The draws are float32 and then
-            cast. bfloat16 is lossy: small changes of v, thr and the clock round away; bfloat16 currents into float32
-            params are the better saving.
-        reset: what a spike does to the potential: "zero" puts it to 0, "subtract" takes off the threshold that it
-            passed, which is known as a soft reset.
+        dtype: dtype of every leaf; without x64, float64 becomes float32, with a UserWarning. Random draws are float32,
+            then cast. bfloat16 is lossy: small changes of v, thr and the clock round away; to save memory, prefer
+            bfloat16 currents with float32 params.
+        reset: what a spike does to the potential: "zero" sets it to 0; "subtract", a soft reset, subtracts the
+            threshold.
 
     Returns:
         The parameters; thresholds are [N].
 
     Raises:
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
         ValueError: an argument has the wrong shape, is out of range or not finite.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `SLIFCell`.
@@ -108,12 +109,12 @@ def init_params(
 
 
 def is_off(value: Any) -> bool:
-    """Whether this leaves a mechanism out: a Python 0 does, no array."""
+    """Whether this leaves a mechanism out: a Python 0 does, an array never."""
     return type(value) in (int, float) and value == 0
 
 
 def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> SLIFState:
-    """Makes a state at rest, which shares no buffer with params or between its fields and so can be donated.
+    """Makes a state at rest, which can be donated: its fields share no buffers with params or each other.
 
         j = v = s = tols = 0,   thr = params.thr,   rfr = refract_time,   surrogate = 1
 
@@ -125,7 +126,7 @@ def init_state(params: SLIFParams, batch_shape: int | tuple[int, ...] = ()) -> S
         The state; every field is [*batch_shape, N].
 
     Raises:
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
         ValueError: a batch dimension is negative, or thresholds [..., N] do not broadcast to the batch.
 
     Source: ngc-learn's `SLIFCell`.
@@ -153,12 +154,12 @@ def _init_state(params: SLIFParams, batch: tuple[Any, ...]) -> SLIFState:
 
 
 def at_rest(params: SLIFParams, shape: tuple[Any, ...]) -> SLIFState:
-    """The state at rest, of fields of this shape."""
+    """The state at rest, with fields of this shape."""
     (params,) = as_runtime_values(params, len(shape))
     dtype = params.thr.dtype
 
     def fresh(leaf: Array) -> Array:
-        # The state can be donated, so it must be no buffer of params, whatever jit does with an input it returns.
+        # jit may return an input's own buffer, but a state that can be donated must share none with params.
         leaf = leaf.reshape((1,) * (len(shape) - leaf.ndim) + leaf.shape)
         return jnp.copy(jnp.broadcast_to(leaf, shape))
 
@@ -170,7 +171,7 @@ def at_rest(params: SLIFParams, shape: tuple[Any, ...]) -> SLIFState:
 def reset(
     params: SLIFParams, state: SLIFState, *, where: Array | None = None, fields: tuple[str, ...] | None = None
 ) -> SLIFState:
-    """Puts the state back to rest, but for the thresholds where `thr_persist` is set.
+    """Puts the state back to rest, except for the thresholds if `thr_persist` is set.
 
         j = v = s = tols = 0,   thr = params.thr [kept with thr_persist],   rfr = refract_time,   surrogate = 1
 
@@ -178,15 +179,15 @@ def reset(
         params: the parameters.
         state: the state, fields [..., N].
         where: boolean [...], the rows to reset; None for all.
-        fields: names of the fields to reset; None for all, without thr where `thr_persist` is set. ("thr", "rfr") takes
-            new thresholds and periods of params into a state and leaves the rest as it is.
+        fields: names of the fields to reset; None for all, except thr if `thr_persist` is set. ("thr", "rfr") brings
+            new thresholds and periods of params into a state and leaves the rest alone.
 
     Returns:
         The state at rest.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a shape does not fit, or a name is not known.
+        TypeError: an argument has the wrong type.
+        ValueError: a shape does not match, or a name is unknown.
 
     Source: ngc-learn's `SLIFCell.reset`.
 
@@ -227,7 +228,7 @@ def detach(state: SLIFState) -> SLIFState:
         state: the state, fields [..., N].
 
     Returns:
-        The same values, constant to differentiation.
+        The same state, constant under differentiation.
 
     Raises:
         TypeError: `state` is not an SLIFState.

@@ -29,7 +29,7 @@ class _Layer(nn.Module):
 
     @nn.nowrap  # otherwise `tabulate` shows this call in place of the layer's own
     def _given(self) -> dict[str, Any]:
-        """The hyperparameters as they were given."""
+        """The hyperparameters as given."""
         return _layers.integrator(self.tau_m, self.resist_m, self.dtype)
 
     @nn.nowrap
@@ -45,19 +45,19 @@ class _Layer(nn.Module):
         names = _layers.stored_names(hyper, self.learn)
         old = {name: self.get_variable("params", name) for name in names if self.has_variable("params", name)}
         _layers.check_stored(self.features, hyper, old)
-        # One key for all that is drawn, as in `init_params`; `param` would draw another for each name.
+        # One key for all draws, as in `init_params`; `param` would make another for each name.
         new = self.is_mutable_collection("params") and not any(self.has_variable("params", name) for name in names)
 
         def init(own_key: Array, name: str) -> Array:
             return _layers.stored_values(own_key if key is None else key, self.features, hyper, names)[name]
 
-        with transfers():  # Flax counts the keys that it has given on the host
+        with transfers():  # Flax counts on the host the keys it has made
             key = self.make_rng("params") if names and new else None
             self.stored = {name: self.param(name, init, name) for name in names}
 
     @nn.nowrap
     def slif_params(self) -> SLIFParams:
-        """The parameters of the cell now, for `slif.simulate` and its like."""
+        """The current parameters of the cell, for `slif.simulate` and the other functions."""
         return _layers.assemble(_layers.given_params(self.features, self._hyper()), self.stored, self.dt)
 
 
@@ -87,41 +87,41 @@ class _Neurons(_Layer, MechanismFields):
 
 
 class SLIFCell(nn.RNNCellBase, _Neurons):
-    """The sLIF cell as a recurrent cell: one step of `slif.step`, run over time by `nn.RNN`.
+    """The sLIF cell as a recurrent cell: each call is one `slif.step`, run over time by `nn.RNN`.
 
         (state, k), s = cell((state, k), j)   with   state = step(params, state, j, k dt, dt)
 
-    Thresholds with jitter and the inhibition matrix are drawn at `init` from the "params" stream, by `slif.init_params`
-    with the key that `make_rng` gives there. They are stored in "params" as "fixed_thr" and "fixed_inh_weights", behind
-    `stop_gradient`; `trainable` masks them from weight decay. What is neither drawn nor learned stays in the module.
+    Jittered thresholds and the inhibition matrix are drawn at `init` by `slif.init_params`, with the key from
+    `make_rng("params")`. They are stored in "params" as "fixed_thr" and "fixed_inh_weights", behind `stop_gradient`;
+    `trainable` exempts them from weight decay. Anything neither drawn nor learned stays in the module.
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
+        dt: the length of a step, ms; a UserWarning above 2 tau_m, where forward Euler diverges.
         tau_m, thr: as in `slif.init_params`.
-        resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
-            j moves v by j in a step, which is what the usual initialisers of weights are made for.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
-            `slif.init_params`; so are thr_jitter, surrogate and dtype.
+        resist_m: as in `slif.init_params`; None, the default, means tau_m / dt, also while tau_m is learned, so that a
+            current j moves v by j in a step, as the usual weight initialisers expect.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh: as in `slif.init_params`.
+        reset, sticky_spikes, thr_persist, thr_jitter, surrogate, dtype: as in `slif.init_params`.
         learn: names of the parameters to train. "tau_m", "resist_m", "rho_b" and "resist_inh" are stored as the
-            logarithm of a factor on the value given, so they keep its sign (tau_m stays positive) and stay finite;
-            "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar stays one parameter for all units, an
-            array [N] is one a unit, thr is always [N]. All steps share one set of parameters, as `nn.RNN` has it by
-            default ("params" in its `variable_broadcast`).
-            With a surrogate with respect to the current, only resist_m, resist_inh and inh_weights can be trained.
-        recurrent: add s @ recurrent_kernel, of the spikes of the step before, to the inputs.
+            logarithm of a factor on the given value, so they keep its sign (tau_m stays positive) and stay finite;
+            "thr", "thr_gain", "thr_leak" and "inh_weights" as they are. A scalar is one parameter for all units, an
+            array [N] one per unit; thr is always [N]. All steps share one set of parameters, the default of `nn.RNN`
+            ("params" in its `variable_broadcast`). With a surrogate with respect to the current, only resist_m,
+            resist_inh and inh_weights can be trained.
+        recurrent: add s @ recurrent_kernel to the inputs, with s the spikes of the previous step.
         recurrent_kernel_init: initialiser of the "recurrent_kernel" [N, N], which is trained.
 
     Returns:
-        Of a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is the `SLIFState`
-        and the count of steps [...]; the clock is count * dt.
+        From a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is a pair of an
+            `SLIFState` and the count of steps [...]; the time is count * dt.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
-            inputs do not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
+            the inputs do not match.
 
-    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the contract of `flax.linen.RNNCellBase`.
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the interface of `flax.linen.RNNCellBase`.
 
     Example:
         >>> rnn = nn.RNN(SLIFCell(3, dt=1.0, tau_m=20.0, resist_m=1.0, thr=0.4), time_major=True)
@@ -132,11 +132,11 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        """One step: the carry after it, and the spikes [..., N] that the inputs [..., N] bring about."""
+        """Runs one step on inputs [..., N] and returns the new carry and the spikes [..., N]."""
         return _layers.run_cell(self.slif_params(), self.dt, carry, inputs, self.feedback)
 
     def initialize_carry(self, rng: Array | None, input_shape: tuple[int, ...]) -> _layers.Carry:
-        """The cell at rest, with the stored thresholds; `rng` is not used."""
+        """The carry of a cell at rest, with the stored thresholds; `rng` is not used."""
         del rng
         if self.scope is not None:
             return _layers.initial_carry(self.slif_params(), input_shape)
@@ -155,7 +155,7 @@ class SLIFCell(nn.RNNCellBase, _Neurons):
 
 
 class SLIF(_Neurons):
-    """A layer of sLIF cells over whole sequences: `slif.simulate`.
+    """A layer of sLIF units, run over whole sequences by `slif.simulate`.
 
         s = simulate(params, initial_state, x, dt=dt)
 
@@ -163,22 +163,22 @@ class SLIF(_Neurons):
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
+        dt: the length of a step, ms; a UserWarning above 2 tau_m, where forward Euler diverges.
         tau_m, thr: as in `slif.init_params`.
-        resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
-            j moves v by j in a step, which is what the usual initialisers of weights are made for.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
-            `slif.init_params`; so are thr_jitter, surrogate and dtype.
+        resist_m: as in `slif.init_params`; None, the default, means tau_m / dt, also while tau_m is learned, so that a
+            current j moves v by j in a step, as the usual weight initialisers expect.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh: as in `slif.init_params`.
+        reset, sticky_spikes, thr_persist, thr_jitter, surrogate, dtype: as in `slif.init_params`.
         learn, recurrent, recurrent_kernel_init: as in `SLIFCell`.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
 
     Returns:
-        Of a call with currents x: the spikes, in the shape of x; see `__call__`.
+        From a call with currents x: the spikes, in the shape of x; see `__call__`.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
-            inputs do not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
+            the inputs do not match.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3).
 
@@ -231,12 +231,12 @@ class SLIF(_Neurons):
             initial_state: the state before the first step; None for rest.
             valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
             record: what to return, as in `slif.simulate`.
-            return_state: return the state after the last step as well. A second window goes on from it with `t0`.
+            return_state: also return the state after the last step, from which the next window starts, at its `t0`.
             t0, spike_dtype, checkpoint_every, implementation: as in `slif.simulate`.
 
         Returns:
-            The spikes, or a dict of what was recorded if `record` is not ("s",). With `return_state` a pair of that
-            and the state.
+            The spikes, or a dict of the records if `record` is not ("s",). With `return_state`, a pair of that and the
+                state.
         """
         return _layers.run_sequence(
             self.slif_params(),
@@ -256,26 +256,26 @@ class SLIF(_Neurons):
 
 
 class LeakyIntegrator(_Layer):
-    """A layer of leaky integrators, cells that never fire: a read-out, or a synapse in front of another layer.
+    """A layer of leaky integrators, units that never fire: a read-out, or a synapse in front of another layer.
 
         v = v + ((x resist_m - v) / tau_m) dt
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
+        dt: the length of a step, ms; a UserWarning above 2 tau_m, where forward Euler diverges.
         tau_m: time constant, ms; a scalar or [N].
-        resist_m: what a lasting current of 1 takes v to; None, the default, is tau_m / dt, with which x moves v by x in
-            a step.
+        resist_m: what a constant current of 1 brings v to; None, the default, means tau_m / dt, with which x moves v by
+            x in a step.
         learn: names of the parameters to train, "tau_m" and "resist_m", as in `SLIFCell`.
         dtype: dtype of v.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
 
     Returns:
-        Of a call with currents x: v at every step, in the shape of x.
+        From a call with currents x: v at every step, in the shape of x.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not match.
 
     Source: the subthreshold equation of `slif.step`.
 
@@ -314,12 +314,12 @@ class LeakyIntegrator(_Layer):
         Args:
             x: currents [T, ..., N], or [..., T, N] if not `time_major`.
             initial_state: the state before the first step; None for rest.
-            valid: boolean [T, ...] (or [..., T]): where False, the row's v stands still.
-            return_state: return the state after the last step as well.
+            valid: boolean [T, ...] (or [..., T]): where False, the row's v is frozen.
+            return_state: also return the state after the last step.
             t0: the time of the first step, ms.
 
         Returns:
-            v, in the shape of x; with `return_state` a pair of that and the state.
+            v, in the shape of x; with `return_state`, a pair of that and the state.
         """
         return _layers.run_sequence(
             self.slif_params(),
@@ -336,9 +336,9 @@ class LeakyIntegrator(_Layer):
 
 
 def trainable(params: Any) -> Any:
-    """Tells which parameters of a model are trained: all but the thresholds and inhibition that layers only store.
+    """Marks which parameters of a model are trained: all but the thresholds and inhibition that layers only store.
 
-        optax.adamw(1e-3, mask=trainable)   leaves those without weight decay
+        optax.adamw(1e-3, mask=trainable)   exempts those from weight decay
 
     Args:
         params: the "params" of a model.

@@ -1,4 +1,4 @@
-"""The Neuromorphic Intermediate Representation (NIR): a cell as a `nir.LIF` node, and back. Extra: `nir`."""
+"""Neuromorphic Intermediate Representation (NIR): a cell as a `nir.LIF` node, and back. Extra: `nir`."""
 
 import warnings
 from typing import Any
@@ -20,30 +20,30 @@ except ImportError as error:
 __all__ = ["from_nir", "to_nir"]
 
 MAX_UNITS = 2**31 - 1
-PER_STEP = tuple(name for name in OPTIONAL if name != "refract_time")  # these act once a step, whatever its length
+PER_STEP = tuple(name for name in OPTIONAL if name != "refract_time")  # these act once per step, whatever its length
 
 
 def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF:
-    """Writes the cell as a NIR node, which it is exactly without adaptation, rho_b, inhibition and refractory steps.
+    """Converts the cell to a NIR node, exactly if it has no adaptation, inhibition, soft reset or refractory steps.
 
         tau dv/dt = (v_leak - v) + r i,   z = v > v_threshold,   v = v_reset where z
         tau = tau_m / 1000 (s),   r = resist_m,   v_leak = v_reset = 0,   v_threshold = thr with its jitter
 
-    A surrogate is no part of NIR; another than the default goes into the node's metadata.
+    NIR has no surrogates; one other than the default goes into the node's metadata.
 
     Args:
         params: the parameters; thresholds [N].
-        dt: the length of a step at which the cell runs, ms; a refractory period of dt or less blocks nothing.
+        dt: the length of a step of the cell, ms; a refractory period of dt or less has no effect.
         strict: refuse a cell that NIR cannot express. If False, warn, and keep what NIR lacks in the node's metadata,
-            where `from_nir` finds it and other libraries do not.
+            which `from_nir` reads and other libraries ignore.
 
     Returns:
-        The node; every field is [N], in float32 (float64 for params in float64), tau in float64 to come back exactly.
+        The node; fields are [N], in float32 (float64 for float64 params), but tau in float64, to convert back exactly.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: something would be lost and `strict` is set; the message lists it all. Or thresholds are batched, or
-            a number is out of range or not finite.
+        TypeError: an argument has the wrong type.
+        ValueError: something would be lost and `strict` is set (the message lists it all), thresholds are batched, or a
+            number is out of range or not finite.
 
     Source: Pedersen et al. (2024), Neuromorphic intermediate representation, Nature Communications 15.
 
@@ -68,7 +68,7 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
         warnings.warn(f"other libraries will run this node without {', '.join(lost)}", UserWarning, stacklevel=2)
         if params.refract_time is not None:
             leaves["refract_time"] = _wide(params.refract_time)
-        # Plain scalars, since the files of NIR hold no compressed array of rank 0.
+        # Plain scalars, since NIR files cannot hold compressed arrays of rank 0.
         kept["params"] = {name: x[()] for name, x in leaves.items()}
         kept["params"] |= {name: getattr(params, name) for name in STATIC}
         kept["dt"] = float(dt)
@@ -87,22 +87,22 @@ def to_nir(params: SLIFParams, *, dt: ArrayLike, strict: bool = True) -> nir.LIF
 
 
 def from_nir(node: nir.LIF, *, dt: ArrayLike, n_units: int | None = None) -> SLIFParams:
-    """Makes parameters from a NIR node, and from what `to_nir` kept in its metadata.
+    """Makes parameters from a NIR node, including what `to_nir` kept in its metadata.
 
         tau_m = 1000 tau (ms),   resist_m = r,   thr = v_threshold,   refract_time = None
 
     Args:
         node: a `nir.LIF` with v_leak = v_reset = 0 and fields [N] or, with `n_units`, scalars.
-        dt: the length of a step, ms. NIR is continuous in time, but the kept terms are by the step.
-        n_units: the number of units, where the node does not tell; None to take it from the node.
+        dt: the length of a step, ms. NIR is continuous in time, but the terms in the metadata are per step.
+        n_units: the number of units, needed if the fields are scalars; None to take it from the node.
 
     Returns:
-        The parameters, in the dtype of v_threshold. What is the same for all units is a scalar, but for thr, [N].
+        The parameters, in the dtype of v_threshold. Values equal for all units become scalars, except thr, [N].
 
     Raises:
-        TypeError: an argument is not of its kind; of a graph, give one node.
-        ValueError: v_leak or v_reset is not 0, which the cell has no term for; a shape or a value is out of range; the
-            metadata is damaged, or holds terms by the step and was written for another dt.
+        TypeError: an argument has the wrong type; pass a node, not a graph.
+        ValueError: v_leak or v_reset is not 0, for which the cell has no term; a shape is wrong; a value is out of
+            range; or the metadata is damaged, or holds per-step terms written for another dt.
 
     Source: Pedersen et al. (2024), Neuromorphic intermediate representation, Nature Communications 15.
 
@@ -163,20 +163,20 @@ def _field(node: nir.LIF, name: str) -> np.ndarray:
 
 
 def _time_step(dt: Any, dtype: Any) -> np.ndarray:
-    """In host memory; one that was on a device is looked at there."""
+    """dt in host memory, where it is checked even if it was on a device."""
     dt = _wide(_check.as_scalar("dt", dt, dtype))
     _check.as_real("dt", dt, dtype)
     return dt
 
 
 def _wide(value: Any) -> np.ndarray:
-    """On the host, in a dtype that files of NIR can hold."""
+    """The value on the host, in a dtype that NIR files can hold."""
     array = np.asarray(jax.device_get(value))
     return array.astype(np.promote_types(array.dtype, np.float32))
 
 
 def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> list[str]:
-    """What the cell does and NIR has no word for; a mechanism that is there at 0 does nothing."""
+    """What the cell does and NIR cannot express; a mechanism that is present but 0 does nothing."""
     refractory = params.refract_time is not None and (_wide(params.refract_time).astype(dt.dtype) > dt).any()
     acting = {name for name, x in leaves.items() if np.any(x > 0 if ABOUT[name].positive else x != 0)}
     if "rho_b" in acting:
@@ -185,7 +185,7 @@ def _lost(params: SLIFParams, leaves: dict[str, np.ndarray], dt: np.ndarray) -> 
         name for name in PER_STEP if name in acting and name != "inh_weights"
     ]
     lost = ["resist_inh with inh_weights" if name == "resist_inh" else name for name in lost]
-    # Two of the static ones change nothing here: `slif.reset` is no part of NIR, and without a period nothing sticks.
+    # Two static fields make no difference: NIR has no `slif.reset`, and without a refractory period nothing sticks.
     idle = {"thr_persist"} if refractory else {"thr_persist", "sticky_spikes"}
     lost += [name for name in STATIC if getattr(params, name) != ABOUT[name].default and name not in idle]
     try:

@@ -22,7 +22,7 @@ _NUMBER = "fixed_surrogate_"
 
 
 class Fixed(nnx.Variable):
-    """Parameters that are not trained: state of the module, saved with it, but no `nnx.Param`."""
+    """A parameter that is not trained: state of the module, saved with it, but not an `nnx.Param`."""
 
 
 class _Layer(nnx.Module):
@@ -36,7 +36,7 @@ class _Layer(nnx.Module):
         self.learned = tuple(name for name in names if not name.startswith("fixed_"))
         for name, value in _layers.stored_values(key, features, hyper, self.learned).items():
             setattr(self, name, nnx.Param(value))
-        # One array a variable, so that a module can be restored from a pure dict, as Orbax gives it back.
+        # One array per variable, so that a module can be restored from a pure dict, such as Orbax returns.
         given = {f"fixed_{name}": getattr(params, name) for name in NUMERIC if f"learned_{name}" not in self.learned}
         given |= {f"{_NUMBER}{name}": jnp.asarray(x, self.dtype) for name, x in params.surrogate.numbers.items()}
         if hyper["resist_m"] is None:  # then it follows tau_m
@@ -46,7 +46,7 @@ class _Layer(nnx.Module):
             setattr(self, name, Fixed(given[name]))
 
     def slif_params(self) -> SLIFParams:
-        """The parameters of the cell now, for `slif.simulate` and its like."""
+        """The current parameters of the cell, for `slif.simulate` and the other functions."""
         return _params(self)
 
 
@@ -59,7 +59,7 @@ def _key(rngs: Any) -> Array:
 
 
 def _params(module: _Layer) -> SLIFParams:
-    # No method, which `nnx.tabulate` would show as a layer of its own.
+    # Not a method, which `nnx.tabulate` would show as a separate layer.
     given = {name: jax.lax.stop_gradient(getattr(module, name)[...]) for name in module.given}
     learned = {name: getattr(module, name)[...] for name in module.learned}
     static, surrogate = module.static
@@ -107,37 +107,37 @@ def _feedback(module: _Neurons) -> Array | None:
 
 
 class SLIFCell(_Neurons, nnx.RNNCellBase):
-    """The sLIF cell as a recurrent cell: one step of `slif.step`, run over time by `nnx.RNN`.
+    """The sLIF cell as a recurrent cell: each call is one `slif.step`, run over time by `nnx.RNN`.
 
         (state, k), s = cell((state, k), j)   with   state = step(params, state, j, k dt, dt)
 
-    Thresholds with jitter and the inhibition matrix are those of `slif.init_params` with the key `rngs.params()`. What
-    is not learned is held in `Fixed` variables, saved with the module but no `nnx.Param`: optimisers and weight decay
+    Jittered thresholds and the inhibition matrix are drawn by `slif.init_params` with the key `rngs.params()`. Anything
+    not learned is held in `Fixed` variables, saved with the module but not an `nnx.Param`: optimisers and weight decay
     leave it alone.
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
+        dt: the length of a step, ms; a UserWarning above 2 tau_m, where forward Euler diverges.
         tau_m, thr: as in `slif.init_params`.
-        resist_m: as in `slif.init_params`; None, the default, is tau_m / dt at every value of tau_m, so that a current
-            j moves v by j in a step, which is what the usual initialisers of weights are made for.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
-            `slif.init_params`; so are thr_jitter, surrogate and dtype.
+        resist_m: as in `slif.init_params`; None, the default, means tau_m / dt, also while tau_m is learned, so that a
+            current j moves v by j in a step, as the usual weight initialisers expect.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh: as in `slif.init_params`.
+        reset, sticky_spikes, thr_persist, thr_jitter, surrogate, dtype: as in `slif.init_params`.
         learn: names of the parameters to train, as in `slif.linen.SLIFCell`.
-        recurrent: add s @ recurrent_kernel, of the spikes of the step before, to the inputs.
+        recurrent: add s @ recurrent_kernel to the inputs, with s the spikes of the previous step.
         recurrent_kernel_init: initialiser of `recurrent_kernel` [N, N], an `nnx.Param`.
-        rngs: random streams, of which "params" is used.
+        rngs: random streams; only "params" is used.
 
     Returns:
-        Of a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is the `SLIFState`
-        and the count of steps [...]; the clock is count * dt.
+        From a call with a carry and inputs [..., N]: the new carry and the spikes [..., N]. The carry is a pair of an
+            `SLIFState` and the count of steps [...]; the time is count * dt.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
-            inputs do not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
+            the inputs do not match.
 
-    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the contract of `flax.nnx.RNNCellBase`.
+    Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); the interface of `flax.nnx.RNNCellBase`.
 
     Example:
         >>> cell = SLIFCell(3, dt=1.0, tau_m=20.0, resist_m=1.0, thr=0.4, rngs=nnx.Rngs(0))
@@ -146,11 +146,11 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
     """
 
     def __call__(self, carry: _layers.Carry, inputs: Array) -> tuple[_layers.Carry, Array]:
-        """One step: the carry after it, and the spikes [..., N] that the inputs [..., N] bring about."""
+        """Runs one step on inputs [..., N] and returns the new carry and the spikes [..., N]."""
         return _layers.run_cell(_params(self), self.dt, carry, inputs, _feedback(self))
 
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> _layers.Carry:
-        """The cell at rest, with the thresholds of the module; `rngs` is not used."""
+        """The carry of a cell at rest, with the thresholds of the module; `rngs` is not used."""
         del rngs
         if carry_init is not None:
             raise ValueError(
@@ -164,7 +164,7 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
 
 
 class SLIF(_Neurons):
-    """A layer of sLIF cells over whole sequences: `slif.simulate`.
+    """A layer of sLIF units, run over whole sequences by `slif.simulate`.
 
         s = simulate(params, initial_state, x, dt=dt)
 
@@ -173,17 +173,17 @@ class SLIF(_Neurons):
     Args:
         features: the number of units, N.
         dt, tau_m, thr, resist_m, learn, recurrent, recurrent_kernel_init, rngs: as in `SLIFCell`.
-        refract_time, thr_gain, thr_leak, rho_b, resist_inh, reset, sticky_spikes, thr_persist: as in
-            `slif.init_params`; so are thr_jitter, surrogate and dtype.
+        refract_time, thr_gain, thr_leak, rho_b, resist_inh: as in `slif.init_params`.
+        reset, sticky_spikes, thr_persist, thr_jitter, surrogate, dtype: as in `slif.init_params`.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
 
     Returns:
-        Of a call with currents x: the spikes, in the shape of x; see `__call__`.
+        From a call with currents x: the spikes, in the shape of x; see `__call__`.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, with this surrogate or any, or the
-            inputs do not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, at all or with this surrogate, or
+            the inputs do not match.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3).
 
@@ -261,12 +261,12 @@ class SLIF(_Neurons):
             initial_state: the state before the first step; None for rest.
             valid: boolean [T, ...] (or [..., T]): where False, the row's state is frozen and its spikes are 0.
             record: what to return, as in `slif.simulate`.
-            return_state: return the state after the last step as well. A second window goes on from it with `t0`.
+            return_state: also return the state after the last step, from which the next window starts, at its `t0`.
             t0, spike_dtype, checkpoint_every, implementation: as in `slif.simulate`.
 
         Returns:
-            The spikes, or a dict of what was recorded if `record` is not ("s",). With `return_state` a pair of that
-            and the state.
+            The spikes, or a dict of the records if `record` is not ("s",). With `return_state`, a pair of that and the
+                state.
         """
         return _layers.run_sequence(
             _params(self),
@@ -286,27 +286,27 @@ class SLIF(_Neurons):
 
 
 class LeakyIntegrator(_Layer):
-    """A layer of leaky integrators, cells that never fire: a read-out, or a synapse in front of another layer.
+    """A layer of leaky integrators, units that never fire: a read-out, or a synapse in front of another layer.
 
         v = v + ((x resist_m - v) / tau_m) dt
 
     Args:
         features: the number of units, N.
-        dt: the length of a step, ms; a UserWarning where it is above 2 tau_m, as forward Euler diverges.
+        dt: the length of a step, ms; a UserWarning above 2 tau_m, where forward Euler diverges.
         tau_m: time constant, ms; a scalar or [N].
-        resist_m: what a lasting current of 1 takes v to; None, the default, is tau_m / dt, with which x moves v by x in
-            a step.
+        resist_m: what a constant current of 1 brings v to; None, the default, means tau_m / dt, with which x moves v by
+            x in a step.
         learn: names of the parameters to train, "tau_m" and "resist_m", as in `SLIFCell`.
         dtype: dtype of v.
         time_major: inputs and outputs are [T, ..., N]; if False, [..., T, N].
         rngs: not used, since nothing is drawn.
 
     Returns:
-        Of a call with currents x: v at every step, in the shape of x.
+        From a call with currents x: v at every step, in the shape of x.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a name in `learn` cannot be learned, or the inputs do not match.
 
     Source: the subthreshold equation of `slif.step`.
 
@@ -356,12 +356,12 @@ class LeakyIntegrator(_Layer):
         Args:
             x: currents [T, ..., N], or [..., T, N] if not `time_major`.
             initial_state: the state before the first step; None for rest.
-            valid: boolean [T, ...] (or [..., T]): where False, the row's v stands still.
-            return_state: return the state after the last step as well.
+            valid: boolean [T, ...] (or [..., T]): where False, the row's v is frozen.
+            return_state: also return the state after the last step.
             t0: the time of the first step, ms.
 
         Returns:
-            v, in the shape of x; with `return_state` a pair of that and the state.
+            v, in the shape of x; with `return_state`, a pair of that and the state.
         """
         return _layers.run_sequence(
             _params(self),

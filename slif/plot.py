@@ -1,6 +1,6 @@
 """Pictures of what `simulate` records, with Matplotlib. Extra: `plot`.
 
-Nothing but the Axes is touched: no style, no global setting, no window. Colours are those of the Axes, light or dark.
+Only the Axes are changed: no style, no global setting, no window. Colours follow those of the Axes, light or dark.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ __all__ = ["raster", "surrogates", "traces"]
 
 Recorded = Array | np.ndarray | Mapping[str, Array | np.ndarray]
 
-# Beyond these, ticks run into each other, and take seconds to draw; bins of an image about a pixel wide do not.
+# Beyond these, ticks run into each other and take seconds to draw; an image with bins of about a pixel does not.
 MOST_UNITS, MOST_SPIKES = 150, 20_000
 BINS = (600, 300)
 MOST_PANELS = 20
@@ -43,24 +43,24 @@ def raster(
     n_units: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws spikes over time: a tick each, or, where they are too many to be told apart, how dense they are.
+    """Draws spikes over time, as ticks or, if there are too many to tell apart, as an image of their density.
 
         a mark at (t0 + k dt, n)   where s[k, n] != 0
 
     Args:
-        recorded: spikes [T, N] of any dtype, or what `simulate` recorded, with "s" or "s_packed" in it.
+        recorded: spikes [T, N] of any dtype, or the records of `simulate`, with "s" or "s_packed" among them.
         dt: the length of a step, ms.
         t0: the time of the first step, ms.
-        row: the batch index to draw, where there are batch dimensions [T, ..., N].
-        n_units: the number of units, to unpack "s_packed"; None takes all bits.
+        row: the batch index to draw, if there are batch dimensions [T, ..., N].
+        n_units: the number of units, to unpack "s_packed"; None for all bits.
         ax: where to draw; None for a new figure.
 
     Returns:
-        The Axes: time in ms over the number of the unit.
+        The Axes, with time in ms on the x axis and the index of the unit on the y axis.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: there are no spikes in what was recorded, or their shape is not [T, N].
+        TypeError: an argument has the wrong type.
+        ValueError: there are no spikes among the records, or their shape is not [T, N].
 
     Example:
         >>> raster(np.eye(5), dt=0.5).get_xlabel()
@@ -82,7 +82,7 @@ def raster(
     if n > MOST_UNITS or len(steps) > MOST_SPIKES:
         edges = (t0, t0 + max(n_steps, 1) * dt, -0.5, n - 0.5)
         image = _density(s, _ink(ax))
-        # Scaled by little, an image is smoothed along both axes, which would smear each of a few steps over the next.
+        # Scaled up by a small factor, an image is smoothed along both axes, which would smear a few steps together.
         image = np.repeat(image, -(-BINS[0] // max(image.shape[1], 1)), axis=1)
         ax.imshow(image, extent=edges, origin="lower", aspect="auto", interpolation="antialiased")
     else:
@@ -106,25 +106,25 @@ def traces(
     row: int | tuple[int, ...] | None = None,
     ax: Any = None,
 ) -> np.ndarray:
-    """Draws a few units over time: the currents in one panel, then a panel a unit.
+    """Draws a few units over time: the currents in one panel, then one panel per unit.
 
-        v as a line, thr dashed, s as ticks above thr, and shaded the steps at which the unit was refractory;
-        where "u" was recorded, a thin line of it, in which the potential is seen to pass thr before the reset
+        v as a line, thr dashed, s as ticks above thr, refractory steps shaded;
+        u, if recorded, as a thin line, which shows the potential passing thr before the reset
 
     Args:
-        recorded: what `simulate` recorded; of "j", "u", "v", "thr", "s" and "rfr" what there is. An array [T, N] is v.
-        params: the parameters, which tell from "rfr" when a unit was refractory; None for no shading.
-        units: which units, one number or several; None for the first three.
+        recorded: the records of `simulate`, any of "j", "u", "v", "thr", "s" and "rfr"; an array [T, N] is v.
+        params: the parameters, needed with "rfr" to shade refractory steps; None for no shading.
+        units: the indices of the units, one or several; None for the first three.
         dt: the length of a step, ms.
         t0: the time of the first step, ms.
-        row: the batch index to draw, where there are batch dimensions [T, ..., N].
+        row: the batch index to draw, if there are batch dimensions [T, ..., N].
         ax: the Axes to draw into, as many as there are panels; None for a new figure.
 
     Returns:
-        An array of the Axes, from the top: the currents if "j" was recorded, then one a unit.
+        An array of the Axes, from the top: the currents if "j" was recorded, then one per unit.
 
     Raises:
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
         ValueError: nothing that can be drawn was recorded, a unit does not exist, or a shape does not fit.
 
     Example:
@@ -173,15 +173,15 @@ def surrogates(
         g(x)   over x = u - thr, with respect to the voltage, or x = i, with respect to the current
 
     Args:
-        which: a surrogate, or several by the name to label them with; None for all of slif's, as they are by default.
+        which: a surrogate, or a mapping from labels to surrogates; None for all of slif's, with their defaults.
         x: where to evaluate them; None for 1001 points from -1.5 to 1.5.
         ax: where to draw; None for a new figure.
 
     Returns:
-        The Axes; slopes are on a logarithmic scale where their peaks differ by more than a factor of 4.
+        The Axes; slopes are on a logarithmic scale if their peaks differ by more than a factor of 4.
 
     Raises:
-        TypeError: an argument is not of its kind.
+        TypeError: an argument has the wrong type.
         ValueError: `x` is not finite.
 
     Source: see each surrogate.
@@ -209,7 +209,7 @@ def surrogates(
     wrt = {surrogate.wrt for surrogate in several.values()}
     names = {"voltage": "u - thr", "current": "i"}
     ax.set(xlabel=", or ".join(names[kind] for kind in names if kind in wrt), ylabel="slope")
-    if peaks and max(peaks) > 4 * min(peaks) > 0:  # or a tall one presses the others flat
+    if peaks and max(peaks) > 4 * min(peaks) > 0:  # else a tall one flattens the others
         ax.set(yscale="log", ylim=(min(peaks) / 100, 2 * max(peaks)))
     if any(several):
         ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -243,7 +243,7 @@ def _draw_unit(
 
 
 def _refractory(params: SLIFParams | None, rfr: np.ndarray | None) -> np.ndarray | None:
-    """Whether a unit was refractory at each step, by the clock that the step before left."""
+    """Whether a unit was refractory at each step, by the clock after the previous step."""
     if params is None or rfr is None or _check.as_device_params(params).refract_time is None:
         return None
     blocked = rfr < np.asarray(jax.device_get(params.refract_time), rfr.dtype)
@@ -298,7 +298,7 @@ def _panels(given: Any, n: int) -> list[Axes]:
 
 
 def _density(s: np.ndarray, ink: Any) -> np.ndarray:
-    """RGBA [bins of units, bins of time]: the ink, the more opaque the more of a bin's steps hold a spike."""
+    """RGBA [bins of units, bins of time]: the ink, more opaque the larger the share of a bin's steps with a spike."""
     time, unit = (np.arange(n) * min(n, most) // max(n, 1) for n, most in zip(s.shape, BINS, strict=True))
     shape = tuple(int(index[-1]) + 1 if len(index) else 1 for index in (unit, time))
     counts = np.zeros(shape)
@@ -306,7 +306,7 @@ def _density(s: np.ndarray, ink: Any) -> np.ndarray:
     np.add.at(counts, (unit[units], time[steps]), 1)
     sizes = np.outer(np.bincount(unit, minlength=shape[0]), np.bincount(time, minlength=shape[1]))
     share = counts / np.maximum(sizes, 1)
-    # A few bins that are full must not make all others invisible.
+    # A few full bins must not make all others invisible.
     bright = np.quantile(share[share > 0], 0.95) if len(steps) else 1.0
     image = np.empty((*shape, 4))
     image[..., :3] = to_rgb(ink)

@@ -1,4 +1,4 @@
-"""Rasters at 1 bit a spike."""
+"""Spike rasters at one bit per spike."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -7,7 +7,7 @@ from slif import _check
 
 
 def pack_spikes(s: Array) -> Array:
-    """Packs a raster to 1 bit a spike along its last axis, in little bit order.
+    """Packs a raster to one bit per spike along its last axis, in little bit order.
 
         packed[..., n // 8] bit (n % 8) = s[..., n] != 0
 
@@ -33,7 +33,7 @@ def pack_spikes(s: Array) -> Array:
 
 
 def unpack_spikes(packed: Array, n_units: int) -> Array:
-    """Unpacks what `pack_spikes` packed.
+    """Unpacks a raster packed by `pack_spikes`.
 
         s[..., n] = packed[..., n // 8] bit (n % 8)
 
@@ -45,7 +45,7 @@ def unpack_spikes(packed: Array, n_units: int) -> Array:
         bool [..., N].
 
     Raises:
-        TypeError: `packed` is not uint8, or `n_units` not an int.
+        TypeError: `packed` is not uint8, or `n_units` is not an int.
         ValueError: the last axis of `packed` does not hold N bits.
 
     Source: `numpy.unpackbits`.

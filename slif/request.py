@@ -1,4 +1,4 @@
-"""What a run is asked for, beside the cell and its input, and how its records are made."""
+"""The options of a run, besides the cell and its input, and how its records are made."""
 
 from collections.abc import Callable, Collection
 from typing import Any, Literal
@@ -20,12 +20,12 @@ Records = Collection[Record]
 
 
 class Request(struct.PyTreeNode):
-    """The clock, the mask, the feedback, and what to return; one value from the entry to every loop."""
+    """The clock, the mask, the feedback and what to return, passed as one value from the entry to every loop."""
 
     dt: Array  # ms
     t0: Array  # time of the first step, ms
-    valid: Any = None  # [T, ..., 1] where False, a row is frozen
-    feedback: Any = None  # [N, N] from the spikes of a step to the currents of the next
+    valid: Any = None  # [T, ..., 1]; where False, a row is frozen
+    feedback: Any = None  # [N, N], from the spikes of a step to the currents of the next
     record: tuple[str, ...] = struct.field(pytree_node=False, default=("s",))
     spike_dtype: np.dtype = struct.field(pytree_node=False, default=np.dtype("float32"))
     checkpoint_every: int | None = struct.field(pytree_node=False, default=None)
@@ -41,11 +41,11 @@ class Request(struct.PyTreeNode):
         return self.t0.astype(self.wide) + steps.astype(self.wide) * self.dt.astype(self.wide)
 
     def start_summaries(self, fill: Callable[[Any, Any], Array], *, differentiable: bool = True) -> dict[str, Array]:
-        """The running summaries before the first step, those that are asked for; `fill(value, dtype)` is [..., N]."""
+        """The requested summaries before the first step; `fill(value, dtype)` is [..., N]."""
         summaries = {}
         if "spike_count" in self.record:
-            # The integer is exact, where float32 stops at 2^24. The sum in floating point is what has a derivative; the
-            # compiler leaves it out where nobody asks for one.
+            # The integer is exact, where float32 stops counting at 2^24. The floating-point sum carries the derivative;
+            # the compiler drops it if none is needed.
             summaries["spike_count"] = fill(0, jnp.int32)
             if differentiable:
                 summaries["spike_sum"] = fill(0, self.wide)
@@ -66,7 +66,7 @@ class Request(struct.PyTreeNode):
         return new
 
     def finish_summaries(self, summaries: dict[str, Array]) -> dict[str, Array]:
-        """The summaries as they are returned, after the last step."""
+        """The summaries after the last step, as they are returned."""
         finished = dict(summaries)
         if "spike_count" in finished:
             finished["spike_count"] = finished["spike_count"].astype(self.wide)
@@ -76,7 +76,7 @@ class Request(struct.PyTreeNode):
         return finished
 
     def observe(self, state: SLIFState, u: Array, s: Array) -> dict[str, Array]:
-        """What is recorded of one step, from the state after it, its u, and the spikes that it shows."""
+        """The records of one step, from the state after it, its u, and its spikes as recorded."""
         shown: dict[str, Array] = {**vars(state), "u": u}
         if "s" in self.record:
             shown["s"] = s.astype(self.spike_dtype)
@@ -86,7 +86,7 @@ class Request(struct.PyTreeNode):
 
 
 def freeze(valid: Array | None, new: Any, old: Any) -> Any:
-    """`new` in the rows that are valid, [..., 1], or at a step that is, a scalar; `old` in the others."""
+    """`new` where valid, else `old`; `valid` is [..., 1] for rows, or a scalar for a whole step."""
     if valid is None:
         return new
     return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old)

@@ -1,4 +1,4 @@
-"""A whole sequence through the cell."""
+"""Runs the cell over a whole sequence."""
 
 import functools
 from typing import Literal
@@ -42,34 +42,34 @@ def simulate(
         params: the parameters.
         state: the state before the first step, fields [..., N]; None for a cell at rest, with the batch shape of the
             currents.
-        currents: input currents [T, ..., N]; another dtype is cast to that of params inside the loop, one of 64 bits
-            from NumPy before it, where JAX has none.
-        dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges: a UserWarning where both are known
-            as Python or NumPy values.
+        currents: input currents [T, ..., N]; cast to the dtype of params inside the loop, or before it if they come
+            from NumPy in 64 bits that JAX does not have.
+        dt: the length of a step, ms, positive. Above 2 tau_m forward Euler diverges, with a UserWarning if both come
+            from Python or NumPy values.
         t0: the time of the first step, ms.
-        record: what to return of every step: any field of `SLIFState`, "u" (the potential before the reset, with a
-            gradient where v has one) or "s_packed" (8 spikes a byte), each [T, ..., N]; and summaries [..., N] that
-            take no memory in T: "spike_count" and "first_spike_time" (ms, inf where there is none). Both count what "s"
-            shows, a sticky spike carried in included.
-        spike_dtype: dtype of the recorded "s"; None for that of params. bool and integers carry no gradient.
-        valid: boolean [T, ...] over the batch shape. Where False, the row's state is frozen and its "s" is 0; the
-            clock runs on.
-        checkpoint_every: in the backward pass of a voltage surrogate, keep the state of every so many steps only and
-            run the steps between again; fewer, down to half as many, where that divides T. About sqrt(T) saves the
-            most memory.
-        implementation: "xla"; "pallas", one fused kernel for NVIDIA GPUs from compute capability 8.0 on (9.0 with jax
-            0.10), which runs in Pallas' slow interpreter where there is no GPU; or None for the best for the platform
-            and the arguments. The kernel's gradients for a voltage surrogate are reverse mode only.
-        feedback: recurrent weights [N, N], from row to column: the spikes s of a step, the one before the first
-            included, add s @ feedback to the currents of the next, before resist_m.
+        record: what to return. For every step: any field of `SLIFState` or "u" (the potential before the reset, with a
+            gradient where v has one), [T, ..., N], and "s_packed" (8 spikes per byte), [T, ..., ceil(N / 8)]. For the
+            whole run, [..., N]: "spike_count" and "first_spike_time" (ms, inf if there is none), whose memory does not
+            grow with T. Both count the spikes in "s", including a sticky spike carried in by the state.
+        spike_dtype: dtype of the recorded "s"; None for the dtype of params. bool and integers carry no gradient.
+        valid: boolean [T, ...], over steps and batch. Where False, the row's state is frozen and its "s" is 0; the
+            time t runs on.
+        checkpoint_every: in the backward pass of a voltage surrogate, keep the state only once every so many steps and
+            recompute the steps in between. A number down to half as large is used if it divides T where this one does
+            not. About sqrt(T) saves the most memory.
+        implementation: "xla"; "pallas", one fused kernel for NVIDIA GPUs of compute capability 8.0 or later (9.0 with
+            jax 0.10), run by Pallas' slow interpreter where there is no GPU; or None to choose by platform and
+            arguments. The kernel's gradients for a voltage surrogate are reverse mode only.
+        feedback: recurrent weights [N, N], from row to column: s @ feedback, with s the spikes of the previous step
+            (those in `state` at the first), is added to the currents before resist_m is applied.
 
     Returns:
-        The state after the last step, and a dict of what was recorded.
+        The state after the last step, and a dict of the records.
 
     Raises:
-        TypeError: an argument is not of its kind, or its dtype is not that of params.
-        ValueError: a shape does not fit, a name is not known, or a Python or NumPy value is out of range.
-        NotImplementedError: the implementation asked for cannot do this.
+        TypeError: an argument has the wrong type, or its dtype is not that of params.
+        ValueError: a shape does not match, a name is unknown, or a Python or NumPy value is out of range.
+        NotImplementedError: the requested implementation does not support this run.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `SLIFCell.advance_state`.
 
@@ -115,7 +115,7 @@ def _simulate(
     start = take_thresholds(params, before)
     params, start, before, currents, request = match_varying_axes((params, start, before, currents, request))
     final, out = _run(params, start, currents, request, implementation)
-    if valid is not None and not adapts(params):  # until its first step a frozen row holds the thresholds it was given
+    if valid is not None and not adapts(params):  # until its first valid step a row keeps the thresholds it was given
         given = lax.stop_gradient(before.thr) if params.surrogate.wrt == "current" else before.thr
         begun = lax.cummax(valid.astype(jnp.int8))[..., None] > 0
         final = final.replace(thr=jnp.where(begun[-1], final.thr, given))
@@ -124,7 +124,7 @@ def _simulate(
 
 
 def _check_shapes(params: SLIFParams, state: SLIFState | None, currents: Array, request: Request) -> SLIFState:
-    """The state, at rest if none is given, once all shapes and dtypes fit."""
+    """Checks all shapes and dtypes; returns the state, at rest if none is given."""
     if state is None:
         _check.check_signature(params)
         _check.check_currents("currents", currents, (None, *currents.shape[1:-1], params.n_units))
@@ -149,7 +149,7 @@ def _run(
 ) -> tuple[SLIFState, dict[str, Array]]:
     by_current = params.surrogate.wrt == "current"
     constant = by_current and params.resist_inh is None and request.feedback is None
-    # A frozen row would pass on gradients of fields that have none.
+    # A frozen row copies its state, and would pass on gradients of fields that have none.
     differentiated = ("s", "j") if by_current else ("s", "j", "v", "thr")
     state = lax.stop_gradient(state).replace(**{name: getattr(state, name) for name in differentiated})
     if request.checkpoint_every is not None and not constant and not isinstance(currents.shape[0], int):

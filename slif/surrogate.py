@@ -1,6 +1,6 @@
-"""Surrogate gradients: what stands in for the derivative of the spike, which is zero almost everywhere.
+"""Surrogate gradients: they replace the derivative of the spike, which is zero almost everywhere.
 
-A slope with respect to the *current* says d s'/d i, one with respect to the *voltage* says d z/d(u - thr).
+A slope with respect to the *current* is d s'/d i, one with respect to the *voltage* is d z/d(u - thr).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from slif._host import as_numbers, is_real, plain, shown, stored, transfers
 
 
 def _sech(x: Array) -> Array:
-    # 1 / cosh overflows from |x| = 89 on in float32; this form only underflows, to 0.
+    # cosh overflows in float32 from |x| = 89 on; this form only underflows, to 0.
     e = jnp.exp(-jnp.abs(x))
     return 2 * e / (1 + e * e)
 
@@ -41,9 +41,9 @@ class _Secant:
 class Surrogate(struct.PyTreeNode):
     """The slope that replaces the derivative of the spike; build it with `secant`, `arctan`, ... or `custom`.
 
-    Calling it evaluates the slope: `surrogate(x)`, with x the current i or the distance u - thr to the threshold, in
-    floats if x is integers or bools. Its numbers are leaves: they can be annealed or swept without a new compilation.
-    The rest is static.
+    Calling it evaluates the slope: `surrogate(x)`, where x is the current i or the distance u - thr to the threshold;
+    integers and bools become floats. Its numbers are leaves: they can be annealed or swept without recompiling. The
+    rest is static.
 
     Attributes:
         numbers: the numbers of the slope, by name.
@@ -84,7 +84,7 @@ class Surrogate(struct.PyTreeNode):
         )
 
     def __hash__(self) -> int:
-        """By value, so that it can be a static argument; numbers on a device are not read, and have no hash."""
+        """By value, so that it can be a static argument; numbers on a device are never read, so not hashed."""
         if any(isinstance(x, jax.Array) for x in self.numbers.values()):
             raise TypeError("unhashable Surrogate: its numbers are on a device; make it with Python or NumPy ones")
         numbers = ((name, np.asarray(x, np.float64)) for name, x in sorted(self.numbers.items()))
@@ -96,7 +96,7 @@ class Surrogate(struct.PyTreeNode):
 
 
 def _floating(x: Any) -> Array:
-    """x on the device; integers and bools as floats, lest the slope be computed in integers."""
+    """x on the device; integers and bools as floats, so that the slope is not computed in integers."""
     if isinstance(x, jax.Array):
         if not (is_real(x.dtype) or x.dtype == bool):
             raise TypeError(f"x: expected real numbers, got dtype {x.dtype}")
@@ -113,12 +113,12 @@ def _floating(x: Any) -> Array:
 
 
 def _on_device(array: np.ndarray) -> Array:
-    with transfers():  # no `device_put`, which a program would hold as a step of its own
+    with transfers():  # not `device_put`, which would become an operation of a traced program
         return jnp.asarray(array)
 
 
 def _positive(given: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
-    """The numbers as floats; those on a device are not read back."""
+    """Checks the numbers and returns them as floats; those on a device are not read back."""
     checked: dict[str, ArrayLike] = {}
     for name, number in given.items():
         if isinstance(number, jax.Array):
@@ -134,7 +134,7 @@ def _positive(given: dict[str, ArrayLike]) -> dict[str, ArrayLike]:
 
 
 def has_bounds(surrogate: Surrogate) -> bool:
-    """Whether the numbers are those of a slope of this module, which have to be positive."""
+    """Whether the slope is one of this module's, whose numbers must be positive."""
     return getattr(surrogate.slope, "__module__", None) == __name__
 
 
@@ -150,10 +150,10 @@ def secant(c1: ArrayLike = 0.82, c2: ArrayLike = 0.08, squared: bool = False, sc
         d s'/d i = sech(c2 i) for i > 0, else 0            as the reference cell computes it
         squared: sech^2(c2 i);   scaled: times c1 c2       both: the derivative of max(0, c1 tanh(c2 i))
 
-    It holds at every step, refractory or not, and everything else that a spike does counts as constant.
+    It applies at every step, refractory or not; everything else that a spike changes counts as constant.
 
     Args:
-        c1: height of the rate curve, positive; enters only when `scaled`.
+        c1: height of the rate curve, positive; used only if `scaled`.
         c2: steepness of the rate curve, positive, per unit of current.
         squared: square the hyperbolic secant, as the paper does and the reference cell does not.
         scaled: multiply by c1 c2, as the paper does and the reference cell does not.
@@ -162,7 +162,7 @@ def secant(c1: ArrayLike = 0.82, c2: ArrayLike = 0.08, squared: bool = False, sc
         The surrogate.
 
     Raises:
-        TypeError: a number or a flag is not one.
+        TypeError: a number is not a real number, or a flag is not a bool.
         ValueError: c1 or c2 is not positive and finite.
 
     Source: Samadi, Lillicrap & Tweed (2017), Neural Computation 29(3); ngc-learn's `secant_lif_estimator`.
@@ -190,13 +190,13 @@ def fast_sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surro
 
     Args:
         slope: steepness, positive, per unit of voltage.
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: a number or a flag is not one.
+        TypeError: a number is not a real number, or a flag is not a bool.
         ValueError: `slope` is not positive and finite.
 
     Source: Zenke & Ganguli (2018), SuperSpike, Neural Computation 30(6).
@@ -219,13 +219,13 @@ def sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         slope: steepness, positive, per unit of voltage.
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: a number or a flag is not one.
+        TypeError: a number is not a real number, or a flag is not a bool.
         ValueError: `slope` is not positive and finite.
 
     Source: Neftci, Mostafa & Zenke (2019), IEEE Signal Processing Magazine 36(6).
@@ -238,7 +238,7 @@ def sigmoid(slope: ArrayLike = 25.0, *, detach_reset: bool = True) -> Surrogate:
 
 
 def _arctan(x: Array, alpha: Array) -> Array:
-    # Past this bound the slope is below the smallest number, and the square would overflow in its own derivative.
+    # Past this bound the slope is all but 0, and the square would overflow in its derivative.
     bound = math.sqrt(float(jnp.finfo(x.dtype).max)) / 4
     y = jnp.clip(math.pi / 2 * (alpha * x), -bound, bound)
     return alpha / 2 / (1 + y * y)
@@ -251,13 +251,13 @@ def arctan(alpha: ArrayLike = 2.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         alpha: steepness, positive, per unit of voltage.
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: a number or a flag is not one.
+        TypeError: a number is not a real number, or a flag is not a bool.
         ValueError: `alpha` is not positive and finite.
 
     Source: Fang et al. (2021), Incorporating learnable membrane time constant, ICCV.
@@ -280,13 +280,13 @@ def triangular(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogat
 
     Args:
         width: half the base of the triangle, positive, in units of voltage.
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: a number or a flag is not one.
+        TypeError: a number is not a real number, or a flag is not a bool.
         ValueError: `width` is not positive and finite.
 
     Source: Bellec et al. (2018), Long short-term memory and learning-to-learn in networks of spiking neurons, NeurIPS.
@@ -309,13 +309,13 @@ def boxcar(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         width: half the base of the rectangle, positive, in units of voltage.
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: a number or a flag is not one.
+        TypeError: a number is not a real number, or a flag is not a bool.
         ValueError: `width` is not positive and finite.
 
     Source: Wu et al. (2018), Spatio-temporal backpropagation, Frontiers in Neuroscience 12.
@@ -328,7 +328,7 @@ def boxcar(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
 
 
 def _gaussian(x: Array, width: Array) -> Array:
-    # 14 standard deviations out the density is 0 in float32; in float64 that takes 39, hence the bound.
+    # The density underflows to 0 at 14 standard deviations in float32 and at 39 in float64, hence the bound.
     y = jnp.clip(x / width, -40, 40)
     return jnp.exp(-y * y / 2) / (width * math.sqrt(2 * math.pi))
 
@@ -340,13 +340,13 @@ def gaussian(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
 
     Args:
         width: standard deviation, positive, in units of voltage.
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: a number or a flag is not one.
+        TypeError: a number is not a real number, or a flag is not a bool.
         ValueError: `width` is not positive and finite.
 
     Source: Yin, Corradi & Bohte (2021), Nature Machine Intelligence 3.
@@ -359,12 +359,12 @@ def gaussian(width: ArrayLike = 1.0, *, detach_reset: bool = True) -> Surrogate:
 
 
 def straight_through(*, detach_reset: bool = True) -> Surrogate:
-    """The straight-through estimator: the spike passes its gradient on, with respect to the voltage.
+    """The straight-through estimator, with respect to the voltage: the spike passes its gradient on unchanged.
 
         d z/d x = 1,   x = u - thr
 
     Args:
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
 
     Returns:
         The surrogate.
@@ -388,27 +388,27 @@ def custom(
     detach_reset: bool = True,
     **numbers: ArrayLike,
 ) -> Surrogate:
-    """A slope of your own.
+    """Makes a surrogate from a slope of your own.
 
         d z/d x = fn(x, **numbers), x = u - thr   for wrt="voltage"
         d s'/d i = fn(i, **numbers)               for wrt="current"
 
     Args:
-        fn: the slope, elementwise and traceable. Two surrogates are equal where `fn` is the same object, so make it
-            once, outside the training loop, or each new one compiles anew.
+        fn: the slope, elementwise and traceable. Two surrogates are equal only if `fn` is the same object, so define
+            it once, outside the training loop: each new one means another compilation.
         wrt: "voltage" or "current".
-        detach_reset: count the reset as constant; if False, v' is differentiated through z.
-        **numbers: numbers of the slope, scalars or [N], which can be annealed or swept ("surrogate.name") without a
-            new compilation.
+        detach_reset: treat the reset as constant; if False, differentiate v' through z.
+        **numbers: numbers of the slope, scalars or [N], which can be annealed or swept (as "surrogate.name") without
+            recompiling.
 
     Returns:
         The surrogate.
 
     Raises:
-        TypeError: `fn` is not callable, `detach_reset` not a bool, or one of the numbers is none.
+        TypeError: `fn` is not a function of x and the numbers, `detach_reset` is not a bool, or a number is not real.
         ValueError: `wrt` is neither "voltage" nor "current", or a number is not finite.
 
-    Source: see `secant` and `fast_sigmoid` for what each kind means.
+    Source: see `secant` and `fast_sigmoid` for the meaning of each kind.
 
     Example:
         >>> lorentzian = custom(lambda x, width: 1 / (1 + (x / width) ** 2), width=0.5)
@@ -422,7 +422,7 @@ def custom(
     for name, number in numbers.items():
         if not isinstance(number, jax.Array):
             stored(name, as_numbers(name, number), np.float64)
-    with contextlib.suppress(ValueError):  # of what has no signature to look at
+    with contextlib.suppress(ValueError):  # some callables have no signature
         signature = inspect.signature(fn)
         try:
             signature.bind(0.0, **numbers)
@@ -431,7 +431,7 @@ def custom(
     return Surrogate(numbers, fn, wrt, _flag("detach_reset", detach_reset))
 
 
-# The package's own, by the names under which files know them.
+# The package's own surrogates, under the names that files use.
 BUILT_IN = {
     **{
         f"secant{'_squared' * q}{'_scaled' * c}": secant(squared=q, scaled=c)
@@ -446,12 +446,12 @@ BUILT_IN = {
 
 
 def kind_of(surrogate: Surrogate) -> str:
-    """The name in `BUILT_IN` under which `named` makes this surrogate again."""
+    """The name in `BUILT_IN` from which `named` rebuilds this surrogate."""
     return kind_by(surrogate.slope, surrogate.wrt, surrogate.numbers)
 
 
 def kind_by(slope: Callable[..., Array], wrt: str, numbers: Iterable[str] | None = None) -> str:
-    """The same by what is static, where the names of its numbers are not known."""
+    """The same from the static fields, when the names of the numbers are not known."""
     for kind, known in BUILT_IN.items():
         if (known.slope, known.wrt) == (slope, wrt) and (numbers is None or known.numbers.keys() == set(numbers)):
             return kind

@@ -20,32 +20,32 @@ from slif.simulation import simulate
 from slif.surrogate import BUILT_IN
 from slif.types import SLIFParams, SLIFState
 
-# What can be swept beside the currents and the numbers of the surrogate, and in which shapes.
+# What can be swept, besides the currents and the surrogate's numbers, and in which shapes.
 SHAPES = {name: ABOUT[name].shape for name in NUMERIC} | {"dt": "scalar", "feedback": "matrix"}
 SPELT = {"scalar": "[P]", "units": "[P] or [P, N]", "thresholds": "[P] or [P, N]", "matrix": "[P, N, N]"}
-SLOPES = {SURROGATE + name for surrogate in BUILT_IN.values() for name in surrogate.numbers}  # positive, all of them
-ARGUMENTS = ("dt", "currents", "feedback")  # of `simulate`, and no fields of params
+SLOPES = {SURROGATE + name for surrogate in BUILT_IN.values() for name in surrogate.numbers}  # all positive
+ARGUMENTS = ("dt", "currents", "feedback")  # of `simulate`, not fields of params
 Over = Mapping[str, Numbers | Sequence[Sequence[float]]]
-WORST = {"tau_m": np.min, "refract_time": np.max}  # what a length of dt is held against
+WORST = {"tau_m": np.min, "refract_time": np.max}  # the value that dt is checked against
 
 
 def grid(**axes: Numbers | range) -> dict[str, Array]:
     """Makes the points of a sweep: every combination of the values on its axes.
 
-        names, points in the order of itertools.product: the last axis runs fastest
+        points in the order of itertools.product: the last axis varies fastest
 
     Args:
         **axes: the values along each axis, a sequence or an array [n]; `**{"surrogate.slope": [1.0, 2.0]}` for a
             number of the surrogate.
 
     Returns:
-        A dict of name -> [P], P the product of the lengths. Integers that JAX has no dtype for come as floats.
+        A dict of name -> [P], with P the product of the lengths. Integers that no dtype of JAX holds become floats.
 
     Raises:
-        TypeError: an axis holds no real numbers.
-        ValueError: an axis is not one-dimensional, or there is none.
+        TypeError: an axis does not hold real numbers.
+        ValueError: there is no axis, or one is empty or not one-dimensional.
 
-    Source: the Cartesian product, as `itertools.product` has it.
+    Source: the Cartesian product, in the order of `itertools.product`.
 
     Example:
         >>> grid(tau_m=[10.0, 20.0], thr=[0.4, 0.5])
@@ -74,7 +74,7 @@ def grid(**axes: Numbers | range) -> dict[str, Array]:
 
 
 def _put(name: str, axis: Array | np.ndarray) -> Array:
-    """The axis on the device; integers that JAX would cut are floats there."""
+    """The axis on the device; integers that JAX would truncate become floats."""
     dtype = jax.dtypes.canonicalize_dtype(axis.dtype)
     if isinstance(axis, Array):
         return axis
@@ -101,40 +101,40 @@ def sweep(
     progress: Callable[[int, int], Any] | None = None,
     feedback: ArrayLike | None = None,
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """Runs the cell at every point of a sweep, in one program that is compiled once whatever the values.
+    """Runs the cell at every point of a sweep, in one program that is compiled once, whatever the values.
 
         simulate(params with over[...][p], state, currents, dt=dt, ...)   for p = 0 .. P - 1
 
     Args:
-        params: the parameters that all points share.
-        currents: input currents [T, ..., N] that all points share, or None where they are swept.
-        over: name -> [P] or, one number a unit, [P, N]: numeric fields of `SLIFParams` (rho_b [P] only, inh_weights
-            [P, N, N]), "dt" [P], "currents" [P, T, ..., N], "feedback" [P, N, N], or a number of the surrogate,
-            "surrogate.slope". A [P] value of thr replaces the thresholds, jitter included. A mechanism that params
-            lack is switched on; inhibition takes resist_inh and inh_weights both.
-        dt: the length of a step, ms, positive; None where it is swept. Above 2 tau_m forward Euler diverges: a
-            UserWarning where both are known as Python or NumPy values, or from a `grid` of these.
-        state: the state before the first step: one [..., N] for all points, or one a point, [P, ..., N]. None for rest,
-            with the batch shape of the currents. With a given state, a sweep over thr acts where nothing adapts the
-            thresholds; and one over refract_time begins with refractory units where the period is longer than the
-            state's clock `rfr`, which in a state at rest is the period that it was made with.
+        params: the parameters shared by all points.
+        currents: input currents [T, ..., N] shared by all points, or None if they are swept.
+        over: name -> [P] or, with one number per unit, [P, N]: numeric fields of `SLIFParams` (rho_b [P] only,
+            inh_weights [P, N, N]), "dt" [P], "currents" [P, T, ..., N], "feedback" [P, N, N], or a number of the
+            surrogate, as "surrogate.slope". A [P] value of thr replaces the thresholds, jitter included. A mechanism
+            absent from params is switched on; inhibition needs both resist_inh and inh_weights.
+        dt: the length of a step, ms, positive; None if it is swept. Above 2 tau_m forward Euler diverges, with a
+            UserWarning if both come from Python or NumPy values, or from a `grid` of these.
+        state: the state before the first step: one for all points, [..., N], or one per point, [P, ..., N]; None for
+            rest, with the batch shape of the currents. From a given state, a sweep over thr has an effect only if
+            nothing adapts the thresholds, and in one over refract_time units start refractory if the period is longer
+            than the state's clock `rfr`, which in a state at rest is the period it was made with.
         t0: the time of the first step, ms.
-        record: what to return of every step, as in `simulate`. With P in front the default takes 200 MB at 1000 points
-            x 500 steps x 100 units, "spike_count" 0.4.
-        batch_size: how many points run side by side, which bounds the memory that they take, in the backward pass as
-            well: it runs each batch again. None for all. With points sharded over devices, use it inside shard_map.
+        record: what to return, as in `simulate`. At 1000 points x 500 steps x 100 units the default takes 200 MB,
+            "spike_count" 0.4 MB.
+        batch_size: how many points to run side by side; None for all. This bounds the memory, also in the backward
+            pass, which runs each batch again. If points are sharded over devices, use it inside shard_map.
         spike_dtype: dtype of the recorded "s", as in `simulate`.
-        valid: boolean [T, ...] over the batch shape, as in `simulate`, for all points.
+        valid: boolean [T, ...], over steps and batch, as in `simulate`, for all points.
         implementation: as in `simulate`.
-        progress: called as progress(points done, P) after every `batch_size` points, which it needs; outside jit only.
+        progress: called as progress(points done, P) after every batch; needs `batch_size`, and works only outside jit.
         feedback: recurrent weights [N, N], as in `simulate`, for all points.
 
     Returns:
-        The final states, fields [P, ..., N], and a dict of what was recorded, each with P in front.
+        The final states, fields [P, ..., N], and a dict of the records, each with a leading axis P.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a name is not known, a shape does not fit, or a Python or NumPy value is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: a name is unknown, a shape does not match, or a Python or NumPy value is out of range.
 
     Source: `simulate`, mapped.
 
@@ -193,7 +193,7 @@ def sweep(
         "spike_dtype": _check.as_spike_dtype(spike_dtype, dtype),
         "implementation": implementation,
     }
-    side_by_side = None if 0 in shape else batch_size  # lax.map divides by the size of what it returns
+    side_by_side = None if 0 in shape else batch_size  # lax.map divides by the size of its result
     run = functools.partial(_sweep, shared=shared, batch_size=side_by_side, options=tuple(options.items()))
     if progress is None:
         return run((points, states))
@@ -203,22 +203,22 @@ def sweep(
 
 
 def point(params: SLIFParams, over: Over, k: int | Array) -> SLIFParams:
-    """The parameters of one point of a sweep, to go on with the best one.
+    """Returns the parameters of one point of a sweep, such as the best.
 
         params with over[...][k]
 
     Args:
-        params: the parameters that all points share.
-        over: what was swept, as `sweep` takes it; "dt", "currents" and "feedback" are no parameters, and left out.
-        k: the number of the point, from 0 on: an int, or a scalar on the device such as `argmax` gives. What is on the
-            device is not read: as in any indexing of JAX a number past the end gives the last point, and -1 does too.
+        params: the parameters shared by all points.
+        over: what was swept, as in `sweep`; "dt", "currents" and "feedback" are not parameters and are left out.
+        k: the index of the point, from 0: an int, or a scalar on the device, such as the result of `argmax`. The latter
+            is not checked: as in JAX indexing, an index past the end means the last point, as does -1.
 
     Returns:
         The parameters of the point.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a name is not known, a shape does not fit, or there is no such point.
+        TypeError: an argument has the wrong type.
+        ValueError: a name is unknown, a shape does not match, or there is no such point.
 
     Source: `sweep`.
 
@@ -242,7 +242,7 @@ def point(params: SLIFParams, over: Over, k: int | Array) -> SLIFParams:
 
 
 def _at(params: SLIFParams, values: Mapping[str, Array]) -> SLIFParams:
-    """The parameters with the values of one point in their place."""
+    """The parameters, with the values of one point put in."""
     numbers = {name.removeprefix(SURROGATE): x for name, x in values.items() if name.startswith(SURROGATE)}
     surrogate = params.surrogate.replace(numbers={**params.surrogate.numbers, **numbers})
     leaves = {name: x for name, x in values.items() if name in NUMERIC}
@@ -272,7 +272,7 @@ def _sweep(
 
 
 def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None, progress: Callable) -> Any:
-    """The same from the host, a chunk at a time; the last one is filled up, so that one program serves all."""
+    """The same, driven from the host chunk by chunk; the last one is padded, so that one program serves all."""
     if not callable(progress):
         raise TypeError(f"progress: expected a function of (points done, P), got {shown(progress)}")
     if batch_size is None:
@@ -294,7 +294,7 @@ def _take(points: Any, index: Array) -> Any:
 
 
 def _watch(params: SLIFParams, dt: Any, over: Over, dtype: Any) -> None:
-    """Warns of points whose dt is too long for the fastest of their units, or too short for the longest period."""
+    """Warns of points whose dt is too long for the fastest unit, or too short for the longest refractory period."""
     dt = _warn.known(over.get("dt", dt))
     if dt is None:
         return
@@ -307,7 +307,7 @@ def _watch(params: SLIFParams, dt: Any, over: Over, dtype: Any) -> None:
 
 
 def _worst(name: str, value: Any, over: Over, worst: Callable) -> Any:
-    """That of the units, one a point where it is swept; None where it is not known."""
+    """The worst value of the units, one per point if it is swept; None if it is not known."""
     value = _warn.known(over.get(name, value))
     if value is None or (value := np.asarray(value)).size == 0:
         return None
@@ -315,7 +315,7 @@ def _worst(name: str, value: Any, over: Over, worst: Callable) -> Any:
 
 
 def _check_over(over: Any, params: SLIFParams) -> dict[str, Array]:
-    """The points, each value on the device, broadcast to nothing yet."""
+    """The points, each value checked and on the device, but not yet broadcast."""
     if not isinstance(over, Mapping) or not all(isinstance(name, str) for name in over):
         raise TypeError(f"over: expected a dict of name -> [P, ...], got {shown(over)}")
     slopes = dict.fromkeys((SURROGATE + name for name in params.surrogate.numbers), "units")

@@ -16,18 +16,18 @@ from slif.surrogate import BUILT_IN, Surrogate, kind_by
 class SLIFParams(struct.PyTreeNode):
     """Parameters of a population of N sLIF units; build them with `init_params`.
 
-    Every field is a leaf, traced, differentiated and swept like any array, but for those that are said to be static. A
-    leaf is a scalar or [N] unless said otherwise; a mechanism that is absent is `None` and costs nothing.
+    Every field not marked static is a leaf, which can be traced, differentiated and swept like any array. A leaf is a
+    scalar or [N] unless another shape is given; an absent mechanism is `None` and costs nothing.
 
     Attributes:
         tau_m: membrane time constant, ms.
-        resist_m: membrane resistance.
+        resist_m: membrane resistance, voltage per current.
         thr: [N] base threshold, jitter included ([..., N] once loaded from a batched file).
         refract_time: refractory period, ms.
         thr_gain: added to a unit's threshold when it spikes.
-        thr_leak: share of the threshold lost at each step.
-        rho_b: scalar; sparsity control; where > 0, thr_gain and thr_leak are ignored.
-        resist_inh: resistance to lateral inhibition; acts where > 0.
+        thr_leak: fraction of the threshold lost at each step.
+        rho_b: scalar; sparsity control of the thresholds; where > 0, thr_gain and thr_leak are ignored.
+        resist_inh: resistance to lateral inhibition; active where > 0.
         inh_weights: [N, N] lateral inhibition, from row to column; its diagonal is ignored.
         surrogate: the estimator of the spike's derivative.
         sticky_spikes: static; the output stays 1 while refractory.
@@ -59,10 +59,10 @@ class SLIFState(struct.PyTreeNode):
     """State of the cell after a step; build it with `init_state`. Every field is [..., N].
 
     Attributes:
-        j: current that drove the step: resistance and inhibition applied.
+        j: current that drove the step, after resistance and inhibition.
         v: membrane potential, after the reset.
         s: output spikes, 0 or 1; with sticky spikes 1 throughout the refractory period.
-        thr: threshold after the step; the next one compares with it where something adapts it, else with params.thr.
+        thr: threshold after the step; the next step compares with it if something adapts it, else with params.thr.
         rfr: time since the last raw spike, ms.
         tols: time of the last output spike, ms.
         surrogate: slope of the surrogate at this step.
@@ -80,11 +80,11 @@ class SLIFState(struct.PyTreeNode):
 FIELDS = tuple(SLIFState.__dataclass_fields__)
 
 
-# --- for the arguments of functions that `jax.export` writes to a file, under names that stay ---
+# --- serialisation by `jax.export`, under names that must not change ---
 
 
 def _read_static(text: bytes) -> tuple[Any, ...]:
-    """What is static, and newer than the file, has its default."""
+    """Static fields that are newer than the file get their defaults."""
     told = json.loads(text)
     defaults = [ABOUT[name].default for name in STATIC]
     return *told, *(defaults[len(told) :] if told else ())

@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, settings
 
 import slif
 
-# The whole suite runs so: the package aligns every [N] with [..., N] itself.
+# For the whole suite: the package aligns every [N] with [..., N] itself.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a GPU the scan rounds every product, and the kernels contract them as a CPU does.
 ON_GPU = jax.default_backend() == "gpu"
-if ON_GPU:  # the products of the tests' own, for which GPUs take TF32
+if ON_GPU:  # for the tests' own products, for which GPUs use TF32
     jax.config.update("jax_default_matmul_precision", "highest")
-# A busy machine is no fault of what it tests.
+# A busy machine must not fail a test.
 settings.register_profile("slif", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("slif")
 
@@ -29,7 +29,7 @@ FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
 RECORDS = (*FIELDS, "s_packed", "spike_count", "first_spike_time")
 N_STEPS, BATCH, N_UNITS, DT = 40, 3, 11, 0.25
 
-# Every mechanism alone, and those that meet; the voltage surrogate takes another path through the code.
+# Every mechanism alone, and those that interact; the voltage surrogate takes another path through the code.
 MECHANISMS = {
     "plain": {},
     "refractory": {"refract_time": 1.0},
@@ -63,7 +63,7 @@ def make_currents(shape=(N_STEPS, BATCH, N_UNITS), seed=0):
 
 
 def make_state(params, batch=(BATCH,), seed=5):
-    """As in the middle of a run: units far from their thresholds and near, refractory or not, fired or not."""
+    """As in the middle of a run: units far from or near their thresholds, refractory or not, fired or not."""
     rng, shape = np.random.default_rng(seed), (*batch, params.n_units)
     fields = {
         "j": rng.uniform(-3, 12, shape),
@@ -78,7 +78,7 @@ def make_state(params, batch=(BATCH,), seed=5):
 
 
 def assert_same(actual, expected):
-    """Equality of structure and of every leaf, to the bit but for the payload of NaN."""
+    """Equality of structure and of every leaf, bit for bit except the payload of NaN."""
     if ON_GPU:
         chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
     else:
@@ -86,7 +86,7 @@ def assert_same(actual, expected):
 
 
 def assert_agree(actual, expected, case=""):
-    """Two ways to the same numbers: spikes and times equal, and the rest to rounding."""
+    """Two ways to the same numbers: spikes and times are equal, the rest to within rounding."""
     assert actual.keys() == expected.keys()
     for name in actual:
         if name in ("u", "v", "thr", "j", "surrogate") or (ON_GPU and name in ("tols", "first_spike_time")):
@@ -95,15 +95,15 @@ def assert_agree(actual, expected, case=""):
             np.testing.assert_array_equal(actual[name], expected[name], err_msg=f"{case} {name}")
 
 
-# LLVM takes half of the time of a compilation: for what is compared to rounding only.
+# LLVM takes half the time of a compilation; only for results compared to within rounding.
 jit_quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-# What no option of an example takes for a number.
+# Not accepted as a number by any option of an example.
 BAD_NUMBERS = ("inf", "nan", "1e30", f"{10**30}", "-1", "x", "")
 
 
 def enable_x64():
-    """The context in which JAX has float64, by the name that the installed JAX knows."""
+    """The context in which JAX has float64, under the name that the installed JAX uses."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
     from jax.experimental import enable_x64
@@ -124,9 +124,9 @@ def pytest_configure(config):
 
 
 def keep_programs(config):
-    """What XLA compiles stays in pytest's cache, for the other workers and for the next run; the count counts it still.
+    """Keeps what XLA compiles in pytest's cache, for other workers and the next run; `compilations` still counts it.
 
-    Not where the user has a folder of their own, nor where no file can be made.
+    Not if the user has set a folder, nor if no file can be made.
     """
     if not hasattr(config, "cache") or jax.config.jax_compilation_cache_dir is not None:
         return
@@ -135,7 +135,7 @@ def keep_programs(config):
     except OSError:
         return
     if os.access(folder, os.W_OK):
-        # Of an entry that another worker is writing, or was when it was killed; such a program is compiled.
+        # About an entry that another worker is writing, or was when it was killed; the program is compiled again.
         config.addinivalue_line(
             "filterwarnings", "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
         )
@@ -146,7 +146,7 @@ def keep_programs(config):
 
 @pytest.fixture
 def ngclearn(request):
-    """Skips where the reference is absent, unless it is required."""
+    """Skips if the reference is not installed, unless it is required."""
     if find_spec("ngclearn") is None:
         if request.config.getoption("--require-reference"):
             pytest.fail("--require-reference: ngclearn is not installed")
@@ -155,7 +155,7 @@ def ngclearn(request):
 
 @pytest.fixture
 def refused(capsys):
-    """A function that runs an example's main, has it end with code 2 and one line only, and returns that line."""
+    """A function that runs an example's main, asserts that it ends with code 2 and one line, and returns that line."""
 
     def run(main, arguments):
         with pytest.raises(SystemExit) as stop:
@@ -190,7 +190,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture
 def compilations():
-    """A function that tells how many programs XLA has compiled since the last call."""
+    """A function that returns how many programs XLA has compiled since the last call."""
     seen = len(_compiled)
 
     def count():

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Errors:
-    """Watches NumPy's assertions; each goes on as it was. In one process only: without `-n`."""
+    """Watches NumPy's assertions, which still assert as before. In one process only, without `-n`."""
 
     def __init__(self):
         self._rows = {}
@@ -23,7 +23,7 @@ class Errors:
     def _note(self, actual, expected):
         try:
             a, e = np.broadcast_arrays(*(np.asarray(x).astype(np.float64) for x in (actual, expected)))
-        except (TypeError, ValueError):  # no numbers; what they are is for the assertion to say
+        except (TypeError, ValueError):  # not numbers; left to the assertion
             return
         same = (a == e) | (np.isnan(a) & np.isnan(e))
         with np.errstate(invalid="ignore"):  # between two infinities

@@ -1,4 +1,4 @@
-"""The cell in float64 NumPy: its equations, one after the other, in a loop over time. The tests' independent truth."""
+"""The cell in float64 NumPy: its equations, in order, in a loop over time. The tests' independent reference."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass
 class Cell:
-    """Numbers are scalars or, but for rho_b, [N]; 0 is for a mechanism that is absent."""
+    """Numbers are scalars or, except rho_b, [N]; 0 stands for an absent mechanism."""
 
     tau_m: float
     resist_m: float

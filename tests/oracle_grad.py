@@ -1,6 +1,6 @@
 """The gradient of a run by hand: a float64 NumPy loop forward, one backward for each kind of estimator. No JAX.
 
-Adjoints are named after what they belong to: v_bar is the derivative of the loss with respect to v.
+Adjoints have the names of their variables: v_bar is the derivative of the loss with respect to v.
 """
 
 from collections import defaultdict
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def inhibits(self) -> NDArray:
-        """[N, N], 1 where a unit inhibits another: not itself, and none whose resist_inh is not positive."""
+        """[N, N], 1 where a unit inhibits another: never itself, nor a unit whose resist_inh is not positive."""
         n_units = len(self.inh_weights)
         return (1 - np.eye(n_units)) * (np.broadcast_to(self.resist_inh, n_units) > 0)
 
@@ -96,7 +96,7 @@ def run(cell: Cell, state: dict[str, NDArray], currents: NDArray, dt: float) -> 
 
 
 def _through_current(cell: Cell, step: Step, i_bar: NDArray, bars: dict[str, NDArray]) -> tuple[NDArray, NDArray]:
-    """From i_bar to j_bar and to the adjoint of the spikes of the step before."""
+    """From i_bar to j_bar and to the adjoint of the spikes of the previous step."""
     bars["resist_m"] += i_bar * step.j
     j_bar = i_bar * cell.resist_m
     s_bar = np.zeros_like(i_bar)
@@ -114,8 +114,8 @@ def _through_current(cell: Cell, step: Step, i_bar: NDArray, bars: dict[str, NDA
 def backward_voltage(cell: Cell, steps: list[Step], raster_bars: dict[str, NDArray], dt: float) -> dict[str, NDArray]:
     """Back-propagation through time, given the cotangents [T, B, N] of the recorded s, v, thr and j.
 
-    Returns the gradients of the currents, of the initial v, s and thr, and of the parameters, theirs summed over time
-    and, but for inh_weights and feedback, not yet over the batch.
+    Returns the gradients of the currents, of the initial v, s and thr, and of the parameters, summed over time
+    and, for inh_weights and feedback only, over the batch.
     """
     v_bar, s_bar, thr_bar = np.zeros((3, *steps[0].v.shape))
     bars, currents = defaultdict(float), []
@@ -126,7 +126,7 @@ def backward_voltage(cell: Cell, steps: list[Step], raster_bars: dict[str, NDArr
         if cell.rho_b > 0:
             surplus = step.z.sum(-1, keepdims=True) - 1
             raised = step.thr + surplus * cell.rho_b
-            # At a tie the maximum splits its adjoint in halves, as JAX's does.
+            # At a tie the maximum splits its adjoint in half, as JAX's does.
             thr_bar = thr_bar * ((raised > FLOOR) + 0.5 * (raised == FLOOR))
             bars["rho_b"] += thr_bar * surplus
             z_bar = z_bar + thr_bar.sum(-1, keepdims=True) * cell.rho_b
@@ -152,7 +152,7 @@ def backward_voltage(cell: Cell, steps: list[Step], raster_bars: dict[str, NDArr
 
 
 def backward_current(cell: Cell, steps: list[Step], raster_bars: dict[str, NDArray]) -> dict[str, NDArray]:
-    """The rule d s'/d i = h(i), with all else that a spike does constant; arguments and result as above."""
+    """The rule d s'/d i = h(i), with all else that a spike changes constant; arguments and results as above."""
     s_bar = np.zeros_like(steps[0].s)
     bars, currents = defaultdict(float), []
     for k, step in reversed(list(enumerate(steps))):

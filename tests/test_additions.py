@@ -39,7 +39,7 @@ def test_u_of_a_frozen_row_is_its_v():
 
 
 def test_u_has_the_gradient_of_the_potential():
-    """Of one step from rest: du/dj = resist_m / tau_m dt; under the secant none, as v has none."""
+    """For one step from rest: du/dj = resist_m / tau_m dt; none under the secant, as for v."""
     currents = jnp.ones((1, BATCH, N_UNITS))
     for surrogate, slope in ((slif.arctan(), 1.5 / 20 * DT), (slif.secant(), 0.0)):
         for mechanism in ("plain", "inhibition"):

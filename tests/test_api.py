@@ -175,7 +175,7 @@ def test_describe_names_the_fields_of_the_state():
 
 
 def test_import_brings_no_opt_in_module():
-    """The layers, checkpoints and plots cost nothing unless asked for, nor do the kernels."""
+    """The layers, checkpoints and plots cost nothing unless imported, nor do the kernels."""
     code = "import sys, slif; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     opt_in = {f"slif.{name}" for name in ("linen", "nnx", "checkpoint", "nir", "plot")}

@@ -1,4 +1,4 @@
-"""The example that trains by broadcast feedback alignment: its rule, what it writes, and what it says of bad input."""
+"""The example that trains by broadcast feedback alignment: its rule, what it writes, and how it reports bad input."""
 
 import gzip
 import importlib
@@ -50,7 +50,7 @@ def idx_bytes(array):
 
 
 def write_idx(folder, suffix="", plain=None, **changes):
-    """The four files, gzip'd by suffix, but for the array called plain."""
+    """The four files, gzipped by suffix, except the array called plain."""
     folder.mkdir()
     for name, key in zip(digits.IDX_FILES, digits.NPZ_KEYS, strict=True):
         content = changes.get(key, idx_bytes(make_data()[key]))
@@ -114,7 +114,7 @@ def test_a_window_is_the_published_rule():
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5, err_msg=name)
     assert correct == (evidence.current.argmax(-1) == classes).sum()
 
-    # Weights that have not learned yet leave the output silent, and the kinds of evidence alike.
+    # Untrained weights leave the output silent, and then the kinds of evidence do not differ.
     strong = weights._replace(W1=30 * weights.W1, W2=60 * weights.W2)
     told = bfa.predict(cells, strong, key, images, pixels)
     _, evidence = train_by_numpy(strong, spikes, y, 0.0)
@@ -178,7 +178,7 @@ def test_evaluation_counts_every_image_once():
 
         assert share(images, classes) == 1
         assert share(images, np.append(classes[:2], (classes[2] + 1) % 10)) == 2 / 3
-        # More than a batch, all as they should not be, but for the last.
+        # More than a batch, all wrong but the last.
         many = np.concatenate([np.zeros((bfa.EVAL_BATCH, 64), np.float32), images[:1]])
         one = [share(many, np.append(np.full(bfa.EVAL_BATCH, -1), c)) for c in range(10)]
         assert sum(one) == pytest.approx(1 / len(many))

@@ -1,4 +1,4 @@
-"""Checkpoints: every bit comes back, whatever else is in a file is refused, and ngc-learn reads and writes the same."""
+"""Checkpoints: every bit comes back, any other file is refused, and ngc-learn reads and writes the same."""
 
 import contextlib
 import hashlib
@@ -35,14 +35,14 @@ SURROGATES.pop("custom")
 
 
 def make_state(params, batch_shape=(BATCH,)):
-    """Other numbers in every field; made by NumPy, which compiles nothing."""
+    """Different numbers in every field; made by NumPy, which compiles nothing."""
     rng, shape = np.random.default_rng(0), (*batch_shape, params.n_units)
     numbers = {name: rng.uniform(0.1, 1, shape).astype(params.thr.dtype) for name in FIELDS}
     return slif.SLIFState(**{name: jax.device_put(x) for name, x in numbers.items()})
 
 
 def any_bits(state):
-    """The same with random bits: subnormal numbers, infinities and many a NaN."""
+    """The same with random bits: subnormal numbers, infinities and many NaNs."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jax.device_put(np.frombuffer(rng.bytes(x.nbytes), x.dtype).reshape(x.shape)), state)
 
@@ -96,7 +96,7 @@ def test_every_batch_shape_comes_back(batch_shape, path):
 
 
 def test_leaves_of_other_dtypes_and_endless_thresholds_come_back(path):
-    """What the cell takes and `init_params` does not make."""
+    """What the cell accepts but `init_params` does not make."""
     params = make_params("gain").replace(
         tau_m=jnp.full(N_UNITS, 20),
         resist_m=jnp.float16(1.5),
@@ -170,7 +170,7 @@ SPECIAL = {
     "a FIFO": os.mkfifo,
     "a directory": os.mkdir,
     "a socket": lambda name: socket.socket(socket.AF_UNIX).bind(name),
-    # Not /dev/null, which would be gone if this test should ever fail.
+    # Not /dev/null, which would be lost if this test ever failed.
     "a device": lambda name: os.symlink(os.ttyname(os.openpty()[1]), name),
     "a FIFO through a link": lambda name: os.mkfifo("other") or os.symlink("other", name),
     "a loop": lambda name: os.symlink(name, name),
@@ -254,7 +254,7 @@ def test_where_an_owner_cannot_be_kept_the_file_is_the_savers(cell, path, monkey
 
 
 def test_an_access_control_list_stays(cell, path):
-    """Without its list, the mask of this file would let its whole group in."""
+    """Without its list, the mask of this file would give its whole group access."""
     entries = [(0x01, 6, -1), (0x02, 6, 1234), (0x04, 0, -1), (0x10, 6, -1), (0x20, 0, -1)]
     acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
     path.touch()
@@ -387,7 +387,7 @@ while is_killed(f"step {k:02}", kill_at_step, k):
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
-    """At each call of the system that a save makes, and in the middle of what it writes."""
+    """At each system call of a save, and in the middle of a write."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path)], check=True)
     told = {}
     for folder in sorted(tmp_path.iterdir()):
@@ -419,7 +419,7 @@ def test_what_killed_saves_left_is_removed(link, tmp_path, monkeypatch):
     for name, age, stays in [
         (f"{path.name}.{old}.tmp", hour - 1, False),
         (f"{path.name}.{old[::-1]}.tmp", 0, False),
-        (f"{path.name}.{'1' * 16}.tmp", hour + 1, True),  # perhaps of a save that is still going on
+        (f"{path.name}.{'1' * 16}.tmp", hour + 1, True),  # perhaps of a save that is still running
         (f"{path.name}.{old}", 0, True),
         (f"{path.name}.old.tmp", 0, True),
         (f"{path.name}.more.{old}.tmp", 0, True),
@@ -429,7 +429,7 @@ def test_what_killed_saves_left_is_removed(link, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"some")
         os.utime(tmp_path / name, (age, age))
         kept |= {name} if stays else set()
-    (tmp_path / f"{path.name}.{'f' * 16}.tmp").mkdir()  # nobody's file, so that it cannot be removed
+    (tmp_path / f"{path.name}.{'f' * 16}.tmp").mkdir()  # a folder, which is not removed like a file
     os.utime(tmp_path / f"{path.name}.{'f' * 16}.tmp", (0, 0))
     checkpoint.save(saved, params, slif.init_state(params))
     assert {*os.listdir(tmp_path)} == kept | {f"{path.name}.{'f' * 16}.tmp"}
@@ -459,7 +459,7 @@ MAGIC = b"slif checkpoint 1\n"
 
 
 def sealed(body):
-    """A file that is whole, whatever its body."""
+    """A valid file around any body."""
     return MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -495,7 +495,7 @@ def in_little_memory():
 
 
 def entry(*names, value):
-    """Another value of one entry; the whole file is changed so, and is whole again."""
+    """Changes the value of one entry, in a file that is otherwise valid."""
 
     def change(tree):
         inner = tree
@@ -514,7 +514,7 @@ def number(*names, value):
 
 
 def thr(shape, dtype="float32", content=bytes(4 * N_UNITS)):
-    """The thresholds as an array that is announced so."""
+    """The thresholds as an array with this header."""
     return entry("params", "thr", value=msgpack.ExtType(1, msgpack.packb((shape, dtype, content))))
 
 
@@ -682,7 +682,7 @@ def test_arguments_are_told_by_name(exception, cell, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A small checkpoint, its bytes and what it holds."""
+    """A small checkpoint: its bytes and its contents."""
     path = tmp_path_factory.mktemp("whole") / "cell.slif"
     params = make_params("everything", n_units=2, dtype="bfloat16")
     state = make_state(params, (1,))
@@ -713,7 +713,7 @@ def test_a_damaged_byte_anywhere_is_refused(whole):
 @given(where=st.floats(0, 1, exclude_max=True), mask=st.integers(1, 255), cut=st.booleans())
 @settings(max_examples=400, derandomize=True, deadline=None, database=None)
 def test_a_damaged_byte_under_a_digest_of_its_own(whole, where, mask, cut):
-    """Someone who makes the digest fit gets a cell or an error, and no other kind of error."""
+    """With a matching digest, loading gives a cell or a ValueError."""
     path, content, _ = whole
     damaged = bytearray(content[len(MAGIC) + 32 :])
     k = int(where * len(damaged))
@@ -728,7 +728,7 @@ def test_a_damaged_byte_under_a_digest_of_its_own(whole, where, mask, cut):
     assert loaded is None or (isinstance(loaded[0], slif.SLIFParams) and not cut)
 
 
-# --- Orbax, as the README has it ---
+# --- Orbax, as in the README ---
 
 
 def test_orbax(tmp_path):
@@ -760,7 +760,7 @@ def make_cell(name, thr_persist=False, batch_size=N_BATCH, n_units=N_UNITS, seed
 
 
 def drive(cell, advance, currents, t0=0.0):
-    """Runs the cell by one step a current, and records it."""
+    """Runs the cell for one step per current, and records it."""
     trace = []
     for k, j in enumerate(currents):
         cell.j.set(jnp.asarray(j))
@@ -901,7 +901,7 @@ def zipped(*members, method=zipfile.ZIP_DEFLATED):
 
 
 def header(shape=(1, N_UNITS), descr="<f4", **more):
-    """What stands before the numbers, of whatever length it says that it is."""
+    """The header before the numbers, with any declared length."""
     text = repr({"descr": descr, "fortran_order": False, "shape": shape} | more).encode() + b"\n"
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
 
@@ -911,7 +911,7 @@ def zeros():
 
 
 def changed(archive, **fields):
-    """The archive with other numbers in its list of members."""
+    """The archive with changed numbers in its list of members."""
     at = {"flags": (8, "<H"), "method": (10, "<H"), "packed": (20, "<I"), "size": (24, "<I"), "offset": (42, "<I")}
     archive, start = bytearray(archive), archive.index(b"PK\1\2")
     for name, value in fields.items():
@@ -990,7 +990,7 @@ def test_a_large_file_of_another_kind_than_that_of_ngclearn(cell, tmp_path):
 
 
 BZ2 = bytearray(npz(threshold=np.ones((1, N_UNITS), np.float32)))
-BZ2[BZ2.index(b"PK\1\2") + 10] = 12  # says that the entry is compressed so, which is an OSError to the decompressor
+BZ2[BZ2.index(b"PK\1\2") + 10] = 12  # declares the entry to be compressed so, for which the decompressor raises OSError
 
 
 @pytest.mark.parametrize("content", [*FOREIGN, npz(), BZ2])
@@ -1002,7 +1002,7 @@ def test_another_kind_of_file_than_that_of_ngclearn(content, tmp_path):
 
 
 def test_a_damaged_file_of_ngclearn(tmp_path):
-    """Cut anywhere it is refused; a byte that is changed is refused or harmless."""
+    """A truncated file is refused; a changed byte is refused or harmless."""
     params = make_params()
     state = slif.init_state(params)
     content = zipped(("threshold.npy", npy(np.asarray(params.thr)[None])))
@@ -1023,7 +1023,7 @@ def test_a_cell_of_that_name_is_needed(cell, tmp_path):
 
 
 def same_cell(mechanism):
-    """The parameters that a cell made by `make_cell` has: the same draws."""
+    """The parameters of a cell made by `make_cell`: the same draws."""
     return slif.init_params(jax.random.PRNGKey(3), N_UNITS, tau_m=20.0, resist_m=1.5, thr=0.4, **MECHANISMS[mechanism])
 
 
@@ -1040,7 +1040,7 @@ def test_a_live_cell_is_taken_over(mechanism):
         getattr(cell, name).set(getattr(expected, name))
     params, state = checkpoint.from_ngclearn(cell)
     assert_same(state, expected)
-    # Where nothing adapts them, thresholds other than the base ones would be lost without an adaptation by 0.
+    # If nothing adapts them, thresholds other than the base ones would be lost without an adaptation by 0.
     assert_same(params, made if adapts(made) else made.replace(thr_gain=np.float32(0)))
 
 

@@ -1,4 +1,4 @@
-"""The guide from other packages says the truth: its code makes the spikes and gradients that they make."""
+"""The guide for users of other packages is right: its code makes their spikes and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def test_spyx(names):
     np.testing.assert_array_equal(ours["first_spike_time"] + 1, (theirs > 0).argmax(0))
     assert (np.asarray(ours["s"][:-1]) != theirs[1:]).any()  # from then on the resets differ
 
-    slif, at = names["slif"], jnp.linspace(-1.05, 1.05, 36)  # on no edge
+    slif, at = names["slif"], jnp.linspace(-1.05, 1.05, 36)  # not on an edge
     for fn, expected in {
         axn.superspike(9.0): slif.fast_sigmoid(9.0)(at),
         axn.triangular(2.0): slif.triangular(0.5)(at),
@@ -152,7 +152,7 @@ def test_jaxpike(names, reset, surrogate):
 
 def test_slopes_of_jaxpike(names):
     jaxpike, slif = pytest.importorskip("jaxpike"), names["slif"]
-    at, width = jnp.linspace(-1.05, 1.05, 36), 0.5  # on no edge
+    at, width = jnp.linspace(-1.05, 1.05, 36), 0.5  # not on an edge
     for theirs, expected in (
         (jaxpike.Triangular(width), slif.triangular(width)(at) / width),
         (jaxpike.Boxcar(width), slif.boxcar(width / 2)(at) / width),

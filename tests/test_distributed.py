@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older ve
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_sweep.py"
 SMALL = ["--side", "5", "--steps", "200", "--shards", "8"]
 
-# The example, which says so and waits for a signal when it comes to its third shard.
+# The example, which prints a line and waits for a signal at its third shard.
 WAITS = """
 import itertools, runpy, signal, sys, time
 import slif
@@ -50,7 +50,7 @@ def start():
 
     def start(out, *options, code=None):
         script = [str(EXAMPLE)] if code is None else ["-c", code, str(EXAMPLE)]
-        # The end of a process is told at once by its connections; the time-out is for those that only fall silent.
+        # Connections show the end of a process at once; the time-out is for processes that only fall silent.
         command = [sys.executable, "-u", *script, "--out", str(out), "--timeout", "3600", *SMALL, *options]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -65,7 +65,7 @@ def start():
 
 @pytest.fixture
 def pool():
-    """The options of two processes, at a port that nobody else is given as long as this socket holds it."""
+    """The options of two processes, at a port that nobody else gets while this socket holds it."""
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind(("localhost", 0))
@@ -92,7 +92,7 @@ def shards(out):
 
 
 def run_alone(example, out, capsys):
-    """In this process; returns what it says of the shards."""
+    """Runs in this process; returns what is printed about the shards."""
     with jax.default_device(jax.devices("cpu")[0]):
         example.main(["--out", str(out), *SMALL])
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("shard")]

@@ -1,4 +1,4 @@
-"""Bad input: the error says which argument, what was expected and what came, also while tracing."""
+"""Bad input: the error says which argument, what was expected and what it got, also while tracing."""
 
 import decimal
 import re
@@ -35,7 +35,7 @@ def init_case(exception, **argument):
 
 
 def real_cases(name, *, shape=(2,), positive=False, low=None):
-    """What no number of the cell may be."""
+    """Values that no number of the cell may have."""
     bad_values = [NAN, INF, np.array([1.0, NAN, 1.0, 1.0]), *([0, -1.0] if positive else []), *([low] if low else [])]
     return [
         *(init_case(TypeError, **{name: value}) for value in ("0.5", None, True, 1j, np.array("a"), jnp.ones(N, bool))),
@@ -102,7 +102,7 @@ def simulate(params=None, state=None, currents=None, dt=1.0, **arguments):
 
 
 def clocks(name, call, *, positive):
-    """What neither dt nor a time may be."""
+    """Values that neither dt nor a time may have."""
     values = [NAN, INF, np.ones(1), jnp.ones(N), *((0, -1.0, np.float32(0)) if positive else ())]
     return [
         *(case(f"{name}={value!r}"[:60], name, ValueError, call(**{name: value})) for value in values),
@@ -156,7 +156,7 @@ SIMULATE = [
 
 
 def bad_states():
-    """A wrong leaf of the state, by every function that takes one."""
+    """A wrong leaf of the state, in every function that takes one."""
     leaves = {
         "shape": (ValueError, "thr", jnp.zeros(N)),
         "units": (ValueError, "rfr", jnp.zeros((B, N + 1))),
@@ -175,7 +175,7 @@ def bad_states():
 
 
 def bad_params():
-    """Params put together by hand, by every function that takes them."""
+    """Params built by hand, in every function that takes them."""
     replacements = [
         (ValueError, "tau_m", -1.0),
         (ValueError, "tau_m", 0),
@@ -302,7 +302,7 @@ MAKERS = {
 
 
 def bad_layers():
-    """By the names of the layer's own arguments."""
+    """Errors name the layer's own arguments."""
     rest, count = NNX_CELL.initialize_carry((B, N))
     masked = rest.replace(v=np.ma.array(np.zeros((B, N), np.float32)))
     other = slif.init_state(slif.init_params(KEY, N, **NUMBERS, dtype="bfloat16"), B)
@@ -382,13 +382,13 @@ def test_an_unknown_record_lists_the_known_ones():
 
 
 def test_an_array_on_the_device_is_never_read_back():
-    """What a device holds is the caller's business: reading it would wait for the device, and break under jit."""
+    """Values on a device are not checked: reading them would wait for the device, and fail under jit."""
     params = init(tau_m=jnp.float32(-1), thr_gain=jnp.float32(NAN), refract_time=jnp.float32(-1))
     slif.step(params, slif.init_state(params, B), CURRENTS[0], jnp.float32(NAN), jnp.float32(-1))
     slif.secant(c2=jnp.float32(-1))
 
 
-# One call of each that takes arrays: a good one, what to put odd ones in place of, and the names in the message.
+# A valid call of each function that takes arrays, what to replace by odd ones, and the names in the message.
 ZEROS = np.zeros((T, B, N), np.float32)
 TAKES_ARRAYS = {
     "step j": (lambda x: slif.step(PARAMS, STATE, x, 0.0, 1.0), ZEROS[0], "j"),
@@ -433,7 +433,7 @@ ODD = {
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # np.matrix
 @pytest.mark.parametrize("name", TAKES_ARRAYS)
 def test_arrays_that_are_no_plain_numbers_are_refused_whatever_ran_before(name):
-    """JAX takes some of them where a program for the shape and dtype is there already."""
+    """JAX accepts some of them if a program for the shape and dtype is already compiled."""
     call, good, argument = TAKES_ARRAYS[name]
     odd = {what: make(good) for what, make in ODD.items() if good.dtype != bool or what not in ("durations", "dates")}
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Each test, file and command that tests/README.md names is there; CITATION.cff says what the package says."""
+"""Every test, file and command that tests/README.md names exists; CITATION.cff agrees with the package."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml  # Flax brings it.
+import yaml  # A dependency of Flax.
 
 import slif
 
@@ -19,7 +19,7 @@ FOLDERS = ("tests", "slif", "benchmarks", "examples", "docs", ".ci", ".github", 
 
 
 def defined(body):
-    """Every name of a function or class, those of a class as Class::name."""
+    """Every name of a function or class; methods as Class::name."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name

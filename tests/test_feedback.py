@@ -60,7 +60,7 @@ def by_steps(params, currents, weights, state=None, valid=None):
 
 @functools.cache
 def run_with_gradients(case):
-    """In float64: params, currents and weights, what `simulate` gives, and the gradients of a weighted sum."""
+    """In float64: params, currents and weights, the results of `simulate`, and the gradients of a weighted sum."""
     with enable_x64():
         arguments = make(case, np.float64)
         rng = np.random.default_rng(1)
@@ -216,7 +216,7 @@ def test_recurrent_layers_and_cells_are_simulate_with_feedback(framework):
 
 
 def test_a_resistance_that_follows_tau_m():
-    """A current j moves v by j, at every tau_m that is learned; and the gradient passes through it."""
+    """A current j moves v by j, whatever tau_m is learned; and the gradient passes through it."""
     for tau_m in (2.0, 7.3, np.linspace(2, 9, N_UNITS)):
         options = {**HYPER, "tau_m": tau_m, "thr_jitter": 0.0}
         fixed, learned = (slif.linen.SLIF(N_UNITS, **options, learn=learn) for learn in ((), ("tau_m",)))
@@ -280,7 +280,7 @@ def test_numbers_of_a_custom_slope_are_leaves():
     params = params.replace(surrogate=slif.custom(bump, height=2.0, width=np.float32(0.5)))
     x = np.linspace(-1, 1, 7, dtype=np.float32)
     np.testing.assert_allclose(params.surrogate(x), 2 * np.exp(-((x / 0.5) ** 2)), rtol=1e-6)
-    over = {"surrogate.width": [0.3, 0.6], "surrogate.height": [1.0, -1.0]}  # of a slope of one's own any number
+    over = {"surrogate.width": [0.3, 0.6], "surrogate.height": [1.0, -1.0]}  # for a custom slope, any number
 
     def loss(currents):
         return slif.sweep(params, currents, over=over, dt=DT)[1]["s"].sum((1, 2, 3))

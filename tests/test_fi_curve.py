@@ -1,4 +1,4 @@
-"""The example of firing rates, and what it is for: the cell fires as theory says when dt falls."""
+"""The example of firing rates, and its point: as dt falls, the cell fires as theory says."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Agreement with the float64 NumPy oracle, where JAX has float64 as well: no room for rounding to hide a mistake."""
+"""Agreement with the float64 NumPy oracle, with JAX in float64 as well, so that rounding cannot hide a mistake."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from conftest import (
 import slif
 from slif.hyperparameters import STATIC
 
-# The oracle has the secant's slope alone.
+# The oracle only has the secant's slope.
 MECHANISMS_OF_THE_ORACLE = [name for name, arguments in MECHANISMS.items() if "surrogate" not in arguments]
 
 
@@ -73,7 +73,7 @@ def test_step_and_reset(mechanism):
 
 
 def test_random_parameters():
-    """Every number at random, per unit where it may be; one structure, so that one compilation serves all."""
+    """Every number at random, per unit where allowed; one structure, so that one compilation serves all."""
     rng = np.random.default_rng(0)
     highest = {"thr_gain": 0.1, "thr_leak": 0.02, "resist_inh": 1.0, "refract_time": 3.0}
     for _ in range(30):

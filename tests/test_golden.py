@@ -14,10 +14,10 @@ import slif
 from slif.kernels import OLDEST_JAX
 
 TRACES = sorted((Path(__file__).parent / "data").glob("*.npz"))
-# By the kernels' interpreter, whose programs take long to compile: a clock of no dyadic fractions with sticky spikes,
-# adaptation with a reset between, jittered thresholds below 0. The rest test_kernels.py holds against the scan.
+# In the kernels' interpreter, whose programs take long to compile: a clock without dyadic fractions with sticky spikes,
+# adaptation with a reset in between, jittered thresholds below 0. test_kernels.py compares the rest with the scan.
 BY_KERNEL = ("nondyadic_dt", "persistent_reset", "negative_threshold")
-# Of thresholds below 0 there is a trace as well.
+# One of the traces has thresholds below 0.
 pytestmark = pytest.mark.filterwarnings("ignore:thr_jitter:UserWarning")
 
 BOOKKEEPING = ("name", "seed", "dt", "t0", "batch_size", "n_units", "reset_at")
@@ -89,13 +89,13 @@ def test_simulate(path, implementation):
         k += len(window)
     out = {name: np.concatenate([out[name] for out in outs]) for name in FIELDS}
     assert_agree(vars(state), {name: out[name][-1] for name in FIELDS})
-    # The clock t0 + k dt of `simulate` is float32: one rounding from the time that the reference was told.
+    # The clock t0 + k dt of `simulate` is float32: one rounding from the time that the reference was given.
     np.testing.assert_array_max_ulp(out.pop("tols"), trace["tols"], maxulp=1)
     assert_agree(out, {name: trace[name] for name in out})
 
 
 def test_the_oracle_is_of_the_same_mind(golden):
-    """float64 next to float32: spikes and thresholds as recorded, so that the oracle can be trusted elsewhere."""
+    """In float64, spikes and thresholds are as recorded in float32, so that the oracle can be trusted elsewhere."""
     config, _, trace = golden
     if not (8 * config["dt"]).is_integer():
         pytest.skip("the refractory clock sums dt: where that is no dyadic fraction, float32 and float64 part")

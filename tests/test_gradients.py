@@ -21,12 +21,12 @@ NUMERIC = (
 DIFFERENTIATED = ("s", "v", "thr", "j")
 CASES = {name: MECHANISMS[name] for name in ("plain", "sticky", "gain", "sparsity", "inhibition", "soft")}
 CASES |= {name: MECHANISMS[name] for name in ("everything", "sparse_everything")}
-CASES["leak"] = {"thr_leak": 0.01, "refract_time": 1.0}  # and a period without sticky spikes
-CASES["floor"] = {"rho_b": 0.06}  # thresholds meet it
+CASES["leak"] = {"thr_leak": 0.01, "refract_time": 1.0}  # with a period but without sticky spikes
+CASES["floor"] = {"rho_b": 0.06}  # thresholds reach it
 KINDS = {"secant": slif.secant(), "detached reset": slif.arctan(1.5), "reset": slif.arctan(1.5, detach_reset=False)}
 SLOPES = {"secant": "secant", "detached reset": "arctan", "reset": "arctan"}
 
-# Every mechanism, alone or with another, by one of the ways back; those that meet by the longest.
+# Every mechanism, alone or with another, through one of the backward passes; combinations through the longest.
 every_case = pytest.mark.parametrize(
     ("case", "kind"),
     [
@@ -35,14 +35,14 @@ every_case = pytest.mark.parametrize(
         *((case, "detached reset") for case in ("gain", "floor", "sparsity", "soft")),
     ],
 )
-# Without and with lateral inhibition, the secant takes another way through the code.
+# With lateral inhibition, the secant takes another path through the code.
 every_path = pytest.mark.parametrize(
     ("case", "kind"), [("sticky", "secant"), ("everything", "secant"), ("everything", "reset")]
 )
 
 
 def make(case, kind, dtype=jnp.float32):
-    """Params of which most are [N] and unequal, a state in the middle of a run, and currents."""
+    """Params, most of them [N] and unequal, a state in the middle of a run, and currents."""
     rng = np.random.default_rng(1)
     arguments = {
         "tau_m": rng.uniform(8, 20, N_UNITS),
@@ -51,7 +51,7 @@ def make(case, kind, dtype=jnp.float32):
         **CASES[case],
     }
     if "resist_inh" in arguments:
-        arguments["resist_inh"] = np.array([0.3, 0.2, 0.0, 0.4, -0.1])  # acts where it is positive
+        arguments["resist_inh"] = np.array([0.3, 0.2, 0.0, 0.4, -0.1])  # active where positive
     if "thr_gain" in arguments:
         arguments["thr_gain"] = rng.uniform(0.01, 0.08, N_UNITS)
     params = slif.init_params(jax.random.key(3), N_UNITS, **arguments, surrogate=KINDS[kind], dtype=dtype)
@@ -72,7 +72,7 @@ def draw_like(tree, seed=2):
 
 
 def draw_bars(inputs, names=DIFFERENTIATED):
-    """Cotangents of the final state [B, N] and of what is recorded [T, B, N] under these names."""
+    """Cotangents of the final state [B, N] and of the records [T, B, N] with these names."""
     return draw_like((dict.fromkeys(names, inputs[1].v), dict.fromkeys(names, inputs[2])))
 
 
@@ -91,7 +91,7 @@ def by_step(params, state, currents, names):
 
 
 def pull_through(forward, inputs, bars):
-    """What is recorded, and the gradients of params, state and currents for the cotangents."""
+    """The records, and the gradients of params, state and currents for the cotangents."""
     (_, out), transpose = jax.vjp(lambda *inputs: forward(*inputs, tuple(bars[1])), *inputs)
     return out, transpose(bars)
 
@@ -109,7 +109,7 @@ def pull_steps(inputs, bars):
 
 @jit_quickly
 def push(inputs, dots):
-    """Forward mode: the tangents of the final state and of what is recorded, spike counts too."""
+    """Forward mode: the tangents of the final state and of the records, including spike counts."""
     return jax.jvp(lambda *inputs: by_simulate(*inputs, (*DIFFERENTIATED, "spike_count")), inputs, dots)[1]
 
 
@@ -144,10 +144,10 @@ def by_hand(inputs, bars, kind):
 
 
 def assert_gradients(actual, expected, rtol):
-    """Each gradient as expected, and exactly zero where none is."""
+    """Each gradient as expected, and exactly zero where none is expected."""
     params, state, currents = actual
     leaves = {name: getattr(params, name) for name in NUMERIC} | {name: getattr(state, name) for name in FIELDS}
-    # A step compares with the thresholds of the state where something adapts them, and with those of params elsewhere.
+    # A step compares with the thresholds of the state if something adapts them, else with those of params.
     leaves["thr"], unread = (state.thr, params.thr) if adapts(params) else (params.thr, state.thr)
     np.testing.assert_array_equal(unread, 0)
     for name, leaf in (leaves | {"currents": currents}).items():
@@ -164,7 +164,7 @@ def assert_gradients(actual, expected, rtol):
 
 
 def assert_close(actual, expected, rtol=1e-5):
-    """Equality of every leaf to rounding of its largest element."""
+    """Equality of every leaf to within rounding of its largest element."""
 
     def check(a, b):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max(initial=0))
@@ -206,7 +206,7 @@ def test_step_differentiates_like_simulate(case, kind):
         inputs = make(case, kind, jnp.float64)
         bars = draw_bars(inputs, FIELDS)
         out, through_steps = pull_steps(inputs, bars)
-        # The other fields pass nothing on.
+        # The other fields pass on no gradient.
         expected, through_simulate = pull(inputs, tuple({name: bar[name] for name in DIFFERENTIATED} for bar in bars))
         assert_close({name: out[name] for name in DIFFERENTIATED}, expected, rtol=1e-12)
         assert_close(through_steps, through_simulate, rtol=1e-12)
@@ -306,7 +306,7 @@ def test_summaries_and_rasters_differentiate_as_told(case, kind):
 
 
 def test_subthreshold_cell_checks_numerically():
-    """Below threshold the cell is smooth, and its derivative that of differences."""
+    """Below threshold the cell is smooth, and finite differences give its derivative."""
     with enable_x64():
         params, state, currents = make("plain", "detached reset", jnp.float64)
         params = params.replace(thr=np.full(N_UNITS, 50.0))
@@ -352,7 +352,7 @@ def test_padding_has_no_gradient_and_changes_none(case, kind):
         valid = np.arange(N_STEPS)[:, None] < np.array(lengths)
         padded = np.where(valid[..., None], currents, np.nan)
         inputs = params, state, padded
-        # A frozen row goes on telling its last v, thr and j, so only its spikes are asked for, and not its last state.
+        # A frozen row repeats its last v, thr and j, so only its spikes get a cotangent, and not its last state.
         of_final, bars = draw_bars(inputs)
         of_final = {name: 0 * np.asarray(bar) for name, bar in of_final.items()}
         bars = {name: np.where(valid[..., None] | (name == "s"), bar, 0) for name, bar in bars.items()}
@@ -376,7 +376,7 @@ def test_padding_has_no_gradient_and_changes_none(case, kind):
 
 @pytest.mark.parametrize(("n_steps", "every"), [(N_STEPS, 1), (N_STEPS, 7), (N_STEPS - 1, 7), (N_STEPS, N_STEPS + 6)])
 def test_checkpointed_gradients_are_the_plain_ones(n_steps, every):
-    """24 steps fall into blocks of 6 where 7 are asked for; 23, a prime, into three of 7 and a tail of 2."""
+    """24 steps are run in blocks of 6 if 7 are requested; 23, a prime, in three of 7 and a tail of 2."""
     with enable_x64():
         params, state, currents = make("plain", "reset", jnp.float64)
         inputs = params, state, np.asarray(currents)[:n_steps]
@@ -388,7 +388,7 @@ def test_checkpointed_gradients_are_the_plain_ones(n_steps, every):
 
 
 def compile_pull(params, n_steps, raster=True, checkpoint_every=None):
-    """Compiles the gradient of the currents [T, 4, 64] for a cotangent of the raster, beside the raster or alone."""
+    """Compiles the gradient of the currents [T, 4, 64] for a cotangent of the raster, with the raster or alone."""
 
     def both(params, state, currents, bar):
         def run(currents):
@@ -405,7 +405,7 @@ def compile_pull(params, n_steps, raster=True, checkpoint_every=None):
 
 @functools.cache
 def compile_secant(mechanism, n_steps, raster=True):
-    """Of all mechanisms but inhibition, so that the loop runs on constants."""
+    """With all mechanisms but inhibition, so that the loop runs on constants."""
     return compile_pull(make_params(mechanism, n_units=64, resist_inh=0.0), n_steps, raster)
 
 

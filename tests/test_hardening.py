@@ -1,4 +1,4 @@
-"""Whatever comes in, of any shape, dtype and value: what comes out is right, or the error is clear."""
+"""Whatever the shape, dtype and value of an input, the result is right, or the error is clear."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ import slif.linen
 import slif.nnx
 from slif import checkpoint
 
-# Each new shape, dtype or mechanism is a new compilation, which is what takes the time.
+# Each new shape, dtype or mechanism is a new compilation, which takes most of the time.
 compiling = settings(max_examples=20, derandomize=True, deadline=None, database=None)
 many = settings(max_examples=200, derandomize=True, deadline=None, database=None)
 
@@ -310,7 +310,7 @@ COUNT = jnp.zeros(3, jnp.int32)
 
 @pytest.mark.parametrize("name", CURRENT_CALLS)
 def test_64_bits_from_the_host_are_the_numbers_that_they_are(name, compilations):
-    """JAX wraps such integers; such floats become infinite, without a word from NumPy."""
+    """JAX wraps such integers; such floats become infinite, without a warning from NumPy."""
     call = CURRENT_CALLS[name]
     values = {
         np.int64: [2**40, -(2**40), 2**31, 2**32, -1, 7],
@@ -385,7 +385,7 @@ def test_slopes_of_integers_are_those_of_the_same_floats(name):
         np.testing.assert_allclose(h, slope(np.asarray(x, np.float64)), rtol=1e-5, atol=1e-30)
     assert surrogate(jnp.ones(4, jnp.bfloat16)).dtype == surrogate(np.ones(4, jnp.bfloat16)).dtype == jnp.bfloat16
     assert np.isfinite(surrogate(2**40))
-    if surrogate.numbers:  # one a unit
+    if surrogate.numbers:  # one per unit
         (number, *_), (name, *_) = surrogate.numbers.values(), surrogate.numbers
         each = surrogate.replace(numbers=surrogate.numbers | {name: np.full(3, number)})
         assert_same(each(np.ones((1, 3))), surrogate(np.ones((1, 3))))

@@ -1,7 +1,7 @@
 """The fused kernels against the scan: values, final states and gradients in the interpreter, and code for a GPU.
 
-The interpreter's programs take long to compile, each step of a block anew. So what is not about blocks runs for a step
-or two, from a state in the middle of a run. Code for GPUs is made of shapes alone.
+The interpreter's programs take long to compile, once for each step of a block. So tests that are not about blocks run
+for a step or two, from a state in the middle of a run. Code for GPUs is made from shapes alone.
 """
 
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def run(params, currents, implementation="pallas", state=None, **options):
 
 
 def assert_like_the_scan(*cases):
-    """Each case: params, currents, valid and options. All make one program, which XLA takes less long for."""
+    """Each case: params, currents, valid and options. All are one program, which XLA compiles faster."""
 
     @jax.jit
     def run_each(arrays):
@@ -81,7 +81,7 @@ def weights(tree, seed=1):
 
 
 def values_and_gradients(params, currents, implementation, **options):
-    """What `simulate` gives, and the gradients of a sum over all of it by everything that could have one."""
+    """The results of `simulate`, and the gradients of a sum over them with respect to everything that can have one."""
 
     def loss(params, state, currents, dt):
         final, out = slif.simulate(params, state, currents, dt=dt, implementation=implementation, **options)
@@ -121,13 +121,13 @@ def test_all_that_the_scan_gives():
 
 
 def test_any_shape():
-    """Around a block's length, and around a tile's width."""
+    """Lengths around that of a block, and widths around that of a tile."""
     shapes = [(1, 1), (8, 1, 128), (9, 257)]
     assert_like_the_scan(*((make_params(n_units=s[-1]), make_currents(s), None, {}) for s in shapes))
 
 
 def test_any_dtype():
-    x, record = make_currents((1, 50)).round(), ("s", "s_packed", "spike_count")  # which every dtype holds
+    x, record = make_currents((1, 50)).round(), ("s", "s_packed", "spike_count")  # exact in every dtype
     params = make_params("sticky", 50)
     dtypes = [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "bool")]
     dtypes += [("bfloat16", "uint8"), ("float16", "int8"), ("float32", "int32")]
@@ -160,7 +160,7 @@ def test_values_and_gradients_of_blocks():
 
 
 def test_the_gradient_of_a_step_is_the_slope():
-    """Without the scan: d s/d j = g(u - thr) resist_m dt / tau_m."""
+    """Independent of the scan: d s/d j = g(u - thr) resist_m dt / tau_m."""
     params, currents = (
         make_params("plain", 50, surrogate=slif.custom(each_in_turn)),
         jnp.asarray(make_currents((1, 50))),
@@ -250,7 +250,7 @@ LOOPS = {
     "of a derivative": (loop_in_its_derivative, "scan"),
     "within calls": (jax.jit(jax.checkpoint(lambda x: quadruple(jax.jit(jnp.sin), x))), "scan"),
 }
-# Of more than one unit, or of where it stands: a kernel's tiles know neither rows nor their ends.
+# Slopes that mix units, or depend on position: a kernel's tiles know neither rows nor their ends.
 MIXING = {
     "sum": (lambda x: x / x.sum(), "reduce_sum"),
     "cumsum": (lambda x: jnp.cumsum(x, -1), "cumsum"),
@@ -365,7 +365,7 @@ def test_vmaps_are_loops():
 
 
 def on_a_gpu(monkeypatch, kind, capability, version):
-    """As on a machine with that card and that release."""
+    """As on a machine with that card and that release of JAX."""
     device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
     monkeypatch.setattr(_device, "default", lambda: device)
     monkeypatch.setattr(jax, "__version_info__", version)
@@ -374,7 +374,7 @@ def on_a_gpu(monkeypatch, kind, capability, version):
 
 
 def fuses(params, currents, spike_dtype="float32"):
-    """Whether a kernel runs it where nobody asks for one; not by `simulate`, whose traces outlive the stand-in."""
+    """Whether a kernel runs it by default; not through `simulate`, whose traces outlive the stand-in."""
     request = Request(dt=jnp.float32(DT), t0=jnp.float32(0), spike_dtype=np.dtype(spike_dtype))
     return choose.fuses(None, params, currents, request)
 
@@ -403,7 +403,7 @@ def test_cards_and_releases(monkeypatch, kind, capability, version, why):
 
 
 def test_what_stands_in_for_the_kernels_under_x64(monkeypatch):
-    """params in float32 stay in it where JAX's own arrays would be float64."""
+    """Params in float32 stay float32, although JAX's own arrays would be float64."""
     on_a_gpu(monkeypatch, "NVIDIA H100", "9.0", (0, 12, 0))
     params, x = make_params("gain", surrogate=slif.arctan()), make_currents((3, 11))
     with enable_x64():
@@ -473,7 +473,7 @@ def shape_of_params(*arguments, **overrides):
 
 
 class TestCode:
-    """For NVIDIA GPUs, made on a machine without one."""
+    """Code for NVIDIA GPUs, made on a machine without one."""
 
     def lower(self, function, *arguments):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
@@ -491,7 +491,7 @@ class TestCode:
             with pytest.raises(NotImplementedError, match=f"an NVIDIA GPU for 'pallas', got platform {platform}"):
                 jax.jit(self.run).trace(params, x).lower(lowering_platforms=(platform,))
 
-    # With blocks or the steps after them alone, and both widths of a tile.
+    # With blocks and without, and both widths of a tile.
     @pytest.mark.parametrize(
         ("mechanism", "n_units", "n_steps"),
         [
@@ -524,7 +524,7 @@ class TestCode:
         assert self.lower(lambda p, x: self.run(p, x, record=RECORDS), params, x) == 1
 
     def test_surrogates(self):
-        """All kinds by the voltage; that of the mechanism "voltage" keeps its reset detached."""
+        """All voltage surrogates; that of the mechanism "voltage" keeps its reset detached."""
         surrogate = slif.custom(each_in_turn, detach_reset=False)
         params = shape_of_params("sticky", 50, surrogate=surrogate, thr_gain=0.1, thr_leak=0.1)
         assert self.lower_gradient(params, jax.ShapeDtypeStruct((2, 50), jnp.float32)) == 2
@@ -543,13 +543,13 @@ class TestCode:
                 inner, _ = inline._called(eqn)
                 yield from [eqn.primitive.name] if inner is None else operations(inner)
 
-        # What tanh has for a derivative only since jax 0.11.
+        # Part of the derivative of tanh only since jax 0.11.
         assert inline.ELEMENTWISE - {*operations(jax.make_jaxpr(slope)(jnp.ones(3)).jaxpr)} <= {"one_minus_square"}
         params = shape_of_params(n_units=50, surrogate=slif.custom(slope))
         assert self.lower_gradient(params, jax.ShapeDtypeStruct((1, 50), jnp.float32)) == 2
 
     def test_arrays_on_a_mesh(self):
-        """Their sharding goes with every reshape, which a kernel does not take."""
+        """Their sharding is part of every reshape, which a kernel does not support."""
         on_mesh = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("batch",)), P())
         params = shape_of_params("voltage", 50, thr_gain=0.1, thr_leak=0.1)
         x = jax.ShapeDtypeStruct((2, 50), jnp.float32, sharding=on_mesh)
@@ -586,7 +586,7 @@ class TestCode:
         text = jax.jit(sweep).trace(params, taus, x).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("mosaic_gpu_v2") == 1
         assert f"tensor<9x{n_points}xf32>" in text
-        assert f"{n_points}x128x" not in text  # nothing of a tile's width for every point
+        assert f"{n_points}x128x" not in text  # no array of a tile's width for every point
 
 
 def test_reciprocals_are_the_nearest_floats():

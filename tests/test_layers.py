@@ -1,4 +1,4 @@
-"""The Flax layers: run as a Flax user runs them, and compared with the plain functions to the last bit."""
+"""The Flax layers: run as a Flax user runs them, and compared with the plain functions bit for bit."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import slif.linen
 import slif.nnx
 
 T, B, N, DT = 60, 4, 100, 0.3
-# No powers of two, for which a product in the wrong order would round the same.
+# Not powers of two, with which a product in the wrong order would round the same.
 HYPER = {"tau_m": 17.3, "resist_m": 1.7, "thr": 0.41}
 LAYERS = {
     "plain": {},
@@ -197,7 +197,7 @@ def test_sequence_lengths_and_a_carry_that_goes_on(framework):
     assert_agree(vars(state), vars(expected))
     assert_same(jnp.where(valid[..., None], spikes, 0), out["s"])
 
-    # Each row goes on by its own clock.
+    # Each row continues with its own clock.
     (state, count), _ = cell(x, initial_carry=(state, count))
     for row in (1, 2):
         expected, _ = plain(params, np.concatenate([x[: lengths[row]], x])[:, row])
@@ -257,7 +257,7 @@ FIXED, ADAPTIVE = {}, {"thr_gain": 0.013}
     ],
 )
 def test_learned_thresholds_act_and_train_in_every_window(framework, kind, hyper):
-    """A window that goes on from a state takes the thresholds of params, unless they adapt: then the state's count."""
+    """A window that starts from a state uses the thresholds of params, unless they adapt: then those of the state."""
     x = currents(8, B, N)
     options = {"learn": ("thr",), "surrogate": slif.arctan(), **hyper}
     layer = make(framework, kind, {"time_major": True, "return_carry": True}, **options)

@@ -27,7 +27,7 @@ from slif.rounding import as_runtime_values
 from slif.surrogate import BUILT_IN
 
 LOOPS = {"cpu": cpu.run, "cpu, constant": functools.partial(cpu.run, constant=True), "gpu": gpu.run, "tpu": tpu.run}
-N_STEPS = 9  # no multiple of the steps of a turn
+N_STEPS = 9  # not a multiple of the steps per iteration
 VALID = {
     "all": None,
     "padded": np.arange(N_STEPS)[:, None] < np.array([N_STEPS, 7, 0]),
@@ -50,7 +50,7 @@ def run(loop, params, state, currents, *, valid=None, record=RECORDS, every=None
 
 
 def run_both(loop, *arguments, **options):
-    """What the loop and the plain one give, compiled as one program, which XLA takes less long for than for two."""
+    """The results of this loop and the plain one, as one program, which XLA compiles faster than two."""
     return jax.jit(lambda *x: [run(f, *x, **options) for f in (LOOPS[loop], plain.run)])(*arguments)
 
 
@@ -61,8 +61,8 @@ def assert_plain(actual, expected, case=""):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), actual) == kinds
 
 
-# Every mechanism alone goes by the loop of this device in test_golden.py. The loop for GPUs, which is the plain one but
-# for the steps of a turn, takes long to compile.
+# test_golden.py runs every mechanism alone through the loop of this device. The loop for GPUs, which is the plain one
+# with more steps per iteration, takes long to compile.
 @pytest.mark.parametrize(
     ("loop", "mechanism", "valid", "record"),
     [
@@ -112,7 +112,7 @@ def test_dtypes(loop, mechanism, dtype):
         np.testing.assert_array_equal(*spikes(*arguments))
 
 
-# The loop of constants is given none to differentiate.
+# The loop on constants gets nothing to differentiate.
 @pytest.mark.parametrize(
     ("loop", "mechanism", "surrogate", "valid", "n_steps"),
     [
@@ -124,7 +124,7 @@ def test_dtypes(loop, mechanism, dtype):
     ],
 )
 def test_gradients(loop, mechanism, surrogate, valid, n_steps):
-    """Of a sum over all that has a gradient, with random weights."""
+    """Gradients of a sum over everything that has one, with random weights."""
     params, state, currents = inputs(mechanism, surrogate=surrogate)
     primals, mask = (params, state, currents[:n_steps], jnp.float32(DT)), VALID[valid]
     mask = None if mask is None else mask[:n_steps]
@@ -183,7 +183,7 @@ CPU, GPU, TPU = device("cpu"), device("gpu", "NVIDIA H100", "9.0"), device("tpu"
 
 
 def on(monkeypatch, default, first=None, version=(0, 12, 0)):
-    """As on a machine whose default backend has the first device, with the default device as said."""
+    """As on a machine whose default backend has the first device, with this default device."""
     first = first or default
     monkeypatch.setattr(_device, "default", lambda: default)
     monkeypatch.setattr(jax, "default_backend", lambda: first.platform)
@@ -192,7 +192,7 @@ def on(monkeypatch, default, first=None, version=(0, 12, 0)):
 
 
 def chosen(implementation=None, surrogate=None, constant=None, **overrides):
-    """The name of the loop that is chosen, not by `simulate`, whose traces outlive a stand-in."""
+    """The name of the chosen loop; not through `simulate`, whose traces outlive a stand-in."""
     surrogate = slif.secant() if surrogate is None else surrogate
     params = make_params(surrogate=surrogate, **overrides)
     request = Request(dt=jnp.float32(DT), t0=jnp.float32(0))
@@ -202,7 +202,7 @@ def chosen(implementation=None, surrogate=None, constant=None, **overrides):
     return f"{loop.__module__.rpartition('.')[2]}.{loop.__name__}"
 
 
-ON_PLATFORM = "choose.<lambda>"  # which one, the platform says once the program is lowered
+ON_PLATFORM = "choose.<lambda>"  # the platform decides which one when the program is lowered
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_by_name_other_devices_are_refused(monkeypatch, default, wanted):
     with pytest.raises(NotImplementedError, match=f"implementation: 'pallas' cannot do {wanted}"):
         chosen("pallas")
     on(monkeypatch, CPU, default)
-    assert chosen("pallas") == "fused.run"  # by the interpreter
+    assert chosen("pallas") == "fused.run"  # in the interpreter
 
 
 def test_an_empty_sequence_takes_the_plain_loop():

@@ -1,4 +1,4 @@
-"""The recipes for networks: each runs with the page's first block alone, and does what it says."""
+"""The recipes for networks: each runs after the page's first block only, and does what it says."""
 
 import re
 
@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
         assert changed == []  # so that the recipes run in any order
         return names
 
-    with jax.numpy_rank_promotion("allow"):  # JAX's default, and the reader's
+    with jax.numpy_rank_promotion("allow"):  # JAX's default, which readers have
         yield run
 
 
@@ -46,7 +46,7 @@ def test_a_recurrent_layer(run):
 
 
 def test_a_layer_that_never_fires(run):
-    """The table of the page is what its code gives, as far as other versions of JAX round alike."""
+    """The page's table is what its code prints, as far as other versions of JAX round alike."""
     r = run("A layer that never fires")
     rows = [line.split("|")[2:6] for line in PAGE.read_text().splitlines() if re.match(r"\|.*(rate|norm) \|", line)]
     table = np.array(rows, float)

@@ -1,4 +1,4 @@
-"""NIR: a plain cell goes out and comes back whole, nothing is lost in silence, and others run it to the same spikes."""
+"""NIR: a plain cell converts and comes back unchanged, nothing is lost silently, and others get the same spikes."""
 
 import functools
 import warnings
@@ -88,7 +88,7 @@ def test_other_dtypes(dtype, tmp_path):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.astype(wide), rtol=rtol), back, params)
 
 
-# --- what NIR has no word for ---
+# --- what NIR cannot express ---
 
 
 @pytest.mark.parametrize("mechanism", LOST)
@@ -269,7 +269,7 @@ def test_a_unit_that_never_fires(tmp_path):
     assert_same(from_nir(through_a_file(to_nir(params, dt=DT), tmp_path / "a.nir"), dt=DT), params)
 
 
-# --- a Flax model as a graph, as the guides have it ---
+# --- a Flax model as a graph, as in the guides ---
 
 CELLS = {"dt": DT, "tau_m": 8.0, "resist_m": 1.3, "thr": 0.4}
 
@@ -309,7 +309,7 @@ def test_a_flax_model_goes_out_and_comes_back(tmp_path):
 
 
 def run(params, currents, dt, margin=1e-5):
-    """The spikes, and which units never come so near to their threshold that the order of rounding decides."""
+    """The spikes, and which units never come so near their threshold that rounding decides."""
     _, out = slif.simulate(params, slif.init_state(params, currents.shape[1]), currents, dt=dt, record=("s", "v"))
     v = np.asarray(out["v"])
     before = np.concatenate([np.zeros_like(v[:1]), v[:-1]])
@@ -338,7 +338,7 @@ def example():
 @pytest.mark.filterwarnings("ignore:nirtorch.load:DeprecationWarning")  # Norse's own call
 @pytest.mark.parametrize("dt", [1.0, 0.25])
 def test_replay_by_norse(dt, example):
-    """Norse takes dt and a threshold for each unit; it leaves out r, which the weights have to take over."""
+    """Norse takes dt and a threshold for each unit; it ignores r, which the weights must absorb."""
     torch, norse = pytest.importorskip("torch"), pytest.importorskip("norse.torch")
     params = make_params(n_units=30, tau_m=np.linspace(5, 30, 30))
     case = example(params, dt)

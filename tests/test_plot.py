@@ -1,4 +1,4 @@
-"""Pictures: what was recorded is drawn, on the Axes given and in their colours, and nothing else changes."""
+"""Plots: records are drawn on the given Axes, in their colours, and nothing else changes."""
 
 import importlib
 import sys
@@ -70,7 +70,7 @@ def test_many_become_an_image(shape):
     (image,) = plot.raster(s, dt=0.5).images
     alpha = image.get_array()[..., 3]
     bins = min(shape[0], 600)
-    assert alpha.shape == (min(shape[1], 300), bins * -(-600 // bins))  # few steps are repeated, lest they blur
+    assert alpha.shape == (min(shape[1], 300), bins * -(-600 // bins))  # a few steps are repeated, so as not to blur
     assert image.get_extent() == [0, shape[0] * 0.5, -0.5, shape[1] - 0.5]
     assert image.origin == "lower"
     # The last units fire the most, and the bins keep their share of it.

@@ -1,4 +1,4 @@
-"""Matrix products of the cell take no short cut: GPUs and TPUs multiply in fewer bits unless they are told not to."""
+"""Matrix products of the cell are in full precision: by default GPUs and TPUs multiply in fewer bits."""
 
 import jax
 import jax.numpy as jnp

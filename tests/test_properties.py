@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 import slif
 from slif.hyperparameters import STATIC
 
-# Few examples, of one shape and with one record: another shape or record is another compilation.
+# Few examples, with one shape and one record: each further shape or record is a compilation.
 few = settings(max_examples=6, derandomize=True, deadline=None, database=None)
-# Every mechanism alone is held against the reference in test_golden.py; here are those that meet.
+# test_golden.py compares every mechanism alone with the reference; here they are combined.
 FEW = ("plain", "everything", "sparse_everything", "soft", "voltage")
 few_mechanisms = pytest.mark.parametrize("mechanism", FEW)
 
@@ -74,7 +74,7 @@ def step_each(params, states, j, t):
 
 
 def run_each(params, currents, states=None, t0=0.0, valid=None, record=RECORDS):
-    """`run` for several params by name, as one program: XLA takes half as long for it."""
+    """`run` for several params by name, as one program, which XLA compiles in half the time."""
     states = states_of(params, currents.shape[1:-1]) if states is None else states
     return jax.device_get(simulate_each(params, states, currents, t0, valid, record))
 
@@ -123,7 +123,7 @@ def test_simulate_is_a_loop_of_step():
 
 
 def test_a_record_alone_is_the_same():
-    """What is recorded decides what goes round the loop, and must not change anything else."""
+    """The records decide what the loop carries, and must not change anything else."""
     params, currents = make_params("sticky", thr_gain=0.05), make_currents()
     padded = np.arange(N_STEPS)[:, None] < np.array((N_STEPS, 17, 0))
     masks = {"": np.ones_like(padded), "padded": padded}
@@ -249,7 +249,7 @@ def test_state_at_rest():
 
 
 def test_batched_thresholds():
-    """Thresholds [..., N], as a file of the reference may hold them, start each row with its own."""
+    """Thresholds [..., N], as a file of the reference may hold them, give each row its own at the start."""
     params = make_params("plain")
     thr = jnp.stack([params.thr, params.thr + 0.1, params.thr + 0.2])
     batched, currents = params.replace(thr=thr), make_currents()
@@ -323,7 +323,7 @@ def test_a_row_does_not_touch_the_others(row, bad, time, whole_row):
     others = np.arange(BATCH) != row
 
     def of_the_others(currents):
-        """[B, N] of what is told once, [T, B, N] of the rest."""
+        """[B, N] for what is returned once, [T, B, N] for the rest."""
         return jax.tree.map(lambda x: np.compress(others, x, axis=x.ndim - 2), run_each(params, currents))
 
     assert_same(of_the_others(changed), of_the_others(currents))
@@ -402,7 +402,7 @@ def test_frozen_rows(seed, share, filler):
         assert_agree(vars(state), vars(expected[mechanism][0]), mechanism)
         assert_agree(out, expected[mechanism][1], mechanism)
 
-        # Frozen means to the bit, and silent.
+        # Frozen means bit for bit, and silent.
         for name, start in vars(before[mechanism]).items():
             if name != "s":
                 previous = np.concatenate([start[None], out[name][:-1]])
@@ -572,7 +572,7 @@ def test_surrogates_are_pytrees(name):
 
 
 def test_eval_shape():
-    """Nothing looks at a value, so abstract params, state and currents do."""
+    """Nothing reads a value, so abstract params, state and currents are enough."""
     params = jax.eval_shape(lambda key: slif.init_params(key, 4, tau_m=20.0, resist_m=1.0, thr=0.4), jax.random.key(0))
     state = jax.eval_shape(lambda params: slif.init_state(params, (2,)), params)
     currents = jax.ShapeDtypeStruct((6, 2, 4), jnp.float32)

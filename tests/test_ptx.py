@@ -1,4 +1,4 @@
-"""The runner of PTX, by programs written by hand; with CUDA's wheels, one card's narrow kernels by the runner."""
+"""The PTX interpreter, on programs written by hand; with CUDA's wheels, also on one card's narrow kernels."""
 
 import importlib
 import os
@@ -60,7 +60,7 @@ B, K = Y.view("u4"), np.arange(N, dtype="u4")
 
 
 def run(lines, x=X, y=Y, z=Y, dtype="f4"):
-    """The lines' output, and the machine; the kernel's parameters are in another order than the arrays."""
+    """The output of these lines, and the machine; the kernel's parameters and the arrays differ in order."""
     machine = ptx.Machine([y, z, x], [np.empty(N, dtype)], [2, 0, 1, 3], BLOCKS, THREADS)
     machine.run(ptx.parse(KERNEL.format(lines)))
     return machine.output(0, np.empty(N, dtype)), machine

@@ -1,4 +1,4 @@
-"""The code of README and of the guides runs as it stands, each section by itself, and prints what README shows."""
+"""The code of README and the guides runs unchanged, each section by itself, and prints what README shows."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_guides(tmp_path, monkeypatch):
     assert_same(names["sharded_spikes"], out["s"])
     assert names["counts"].shape == (32, 8, 32)
 
-    # Truncated: the sum over windows of the gradients of each, from the state that the ones before left.
+    # Truncated: the sum over windows of the gradients of each, from the state that the previous ones left.
     expected, state = 0, None
     for x in np.split(currents, 4):
 

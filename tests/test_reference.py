@@ -22,7 +22,7 @@ def pytest_generate_tests(metafunc):
 
 
 def draw(rng):
-    """Every constructor argument at random: a mechanism is there half of the time."""
+    """Every constructor argument at random; each mechanism is present half of the time."""
 
     def sometimes(low, high):
         return float(rng.uniform(low, high)) if rng.random() < 0.5 else 0.0
@@ -47,14 +47,14 @@ def draw(rng):
         "seed": int(rng.integers(2**31)),
     }
     shape = (N_STEPS, run["batch_size"], run["n_units"])
-    # Of the size that moves v by about a threshold in ten steps, both signs.
+    # Large enough to move v by about a threshold in ten steps, of both signs.
     scale = 2 * arguments["thr"] * max(1, arguments["tau_m"] / run["dt"] / 10) / arguments["resist_m"]
     currents = scale * (rng.normal(1, 1, shape) * (rng.random(shape) < 0.7))
     return arguments, run, currents.astype(np.float32)
 
 
 class Reference:
-    """The reference cell, driven outside of its own training loops; its whole state is a dict that goes in and out."""
+    """The reference cell, driven from outside its training loops; its whole state is a dict, passed in and returned."""
 
     def __init__(self, name, n_units, batch_size, seed, **arguments):
         from ngclearn import Context, MethodProcess
@@ -71,7 +71,7 @@ class Reference:
         self.state = self._full({key: x for key, x in stateManager.state.items() if key.startswith(f"{name}:")})
 
     def _full(self, state):
-        """The thresholds are [1, N] until the first step, which a scan does not take."""
+        """The thresholds are [1, N] until the first step, which a scan does not allow."""
         return state | {self._names["thr"]: jnp.broadcast_to(state[self._names["thr"]], self._shape)}
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -108,7 +108,7 @@ def test_spikes_are_those_of_the_reference(configuration):
     state = slif.init_state(params, batch_size)
     half = N_STEPS // 2
     for window in (currents[:half], currents[half:]):
-        # The clock starts again as well, with times as `simulate` has them.
+        # The clock starts again as well, at the times that `simulate` uses.
         times = np.arange(half, dtype=np.float32) * np.float32(dt)
         expected = reference.run(window, times, dt)
         state, out = slif.simulate(params, state, window, dt=dt, record=FIELDS)
@@ -120,7 +120,7 @@ def test_spikes_are_those_of_the_reference(configuration):
 
 
 def test_the_configurations_cover_what_they_should():
-    """Otherwise agreement might be that of silence."""
+    """Otherwise both might agree by being silent."""
     drawn = [draw(np.random.default_rng([2017, n])) for n in range(20)]
     for name in ("thr_jitter", "refract_time", "thr_gain", "thr_leak", "rho_b", "resist_inh", "thr_persist"):
         assert {bool(arguments[name]) for arguments, *_ in drawn} == {True, False}, name
@@ -135,7 +135,7 @@ def test_hyperparameters_are_those_of_the_reference():
 
     told = SLIFCell.help()
     ours = slif.describe()
-    assert ours["hyperparameters"].keys() - {"reset"} == told["hyperparameters"].keys()  # there it is always to 0
+    assert ours["hyperparameters"].keys() - {"reset"} == told["hyperparameters"].keys()  # there it always sets v to 0
     assert ours["dynamics"] == told["dynamics"]
     for kind in ("inputs", "states", "outputs"):
         assert ours[kind].keys() == told["compartments"][kind].keys() - {"key"}

@@ -1,7 +1,7 @@
-"""Second derivatives, in every order of forward and reverse mode, beside loops whose spikes JAX differentiates itself.
+"""Second derivatives, in every order of forward and reverse mode, against loops whose spikes JAX differentiates itself.
 
-There a spike is z + G(x) - G(x) with the second G held constant: its value is that of z, and its derivatives of every
-order are those of G, the integral of the surrogate's slope. No rule of slif's is involved.
+There a spike is z + G(x) - G(x) with the second G held constant: its value is z, and its derivatives of every order
+are those of G, the integral of the surrogate's slope. No rule of slif's is involved.
 """
 
 import functools
@@ -58,14 +58,14 @@ def draw(seed=0):
 
 
 def numbers_of(case):
-    """What is differentiated, one scalar each: a weight of the currents, and the parameters of the cell."""
+    """The scalars to differentiate by: a weight of the currents, and the parameters of the cell."""
     names = ("thr_gain", "thr_leak", "rho_b", "resist_inh")
     given = {"w": 1.1, "tau_m": 3.0, "resist_m": 2.0, "thr": 0.6, "dt": 1.0}
     return {name: jnp.asarray(x) for name, x in (given | {k: case[k] for k in names if k in case}).items()}
 
 
 def loss_of(v, s, thr):
-    """Not linear in any of what it takes, so that what a spike is worth depends on the spikes."""
+    """Not linear in any of its inputs, so that the weight of a spike depends on the spikes."""
     weight = jnp.arange(1.0, T + 1)[:, None, None]
     return jnp.sum(weight * s**2) + jnp.sum(s.sum(0) ** 2) + jnp.sum(jnp.sin(v) * thr)
 
@@ -149,7 +149,7 @@ def dot(x, y):
     return sum(jax.tree.leaves(jax.tree.map(jnp.multiply, x, y)))
 
 
-# The second derivative of f times a vector d, which no wrong entry of it leaves as it is.
+# The second derivative of f times a vector d, which any wrong entry changes.
 ORDERS = {
     "forward over forward": lambda f, d: jax.jacfwd(along(f, d)),
     "forward over reverse": lambda f, d: along(jax.grad(f), d),

@@ -1,4 +1,4 @@
-"""`simulate` inside `jax.shard_map`, whatever of its arguments it is that differs between devices."""
+"""`simulate` inside `jax.shard_map`, whichever of its arguments vary between devices."""
 
 import functools
 
@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 import slif
 
-# One device does, and tracing: JAX tells by the types what differs, and a type is wrong on one device as on many.
-# Values are compared for some, and over eight devices in test_sharding.py.
+# One device and tracing are enough: types show what varies, and a wrong type is wrong on one device as on many. Values
+# are compared for some, and over eight devices in test_sharding.py.
 MESH = Mesh(np.array(jax.devices()[:1]), ("devices",))
 SURROGATES = {"secant": slif.secant, "arctan": slif.arctan}
-# Where nothing mixes units the secant's loop is run on constants.
+# If nothing mixes units, the secant's loop runs on constants.
 CELLS = (("sticky", "secant"), ("everything", "secant"), ("everything", "arctan"))
 STATE = ("v", "s", "thr", "rfr", "tols")
 PARAMS = ("tau_m", "resist_m", "thr")

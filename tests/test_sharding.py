@@ -1,4 +1,4 @@
-"""JAX's own sharding over eight devices: the same results, and no more talk between devices than the equations need."""
+"""JAX's own sharding over eight devices: the same results, and only the communication that the equations need."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_on_eight_devices(part):
 
 def meshes():
     """Meshes as `jax.make_mesh` makes them, {Explicit, Auto} axes, with and without `jax.set_mesh`: as on one device,
-    in the sharding of the currents, without talk between devices.
+    in the sharding of the currents, without communication between devices.
 
     Every case on each kind of axes, with `jax.set_mesh` and without, the two surrogates in turn.
     """
@@ -111,7 +111,7 @@ def meshes():
 
 
 def kernels():
-    """The kernels, in the interpreter: every device launches its own share, and none talks to another."""
+    """The kernels, in the interpreter: every device launches its own share, without communication."""
     import re
 
     import jax
@@ -134,7 +134,7 @@ def kernels():
 
     def run(x, valid):
         state = slif.init_state(params, x.shape[1:-1])
-        state = state.replace(v=state.v + 0.3)  # near the thresholds, since a program takes long for every step
+        state = state.replace(v=state.v + 0.3)  # near the thresholds, since every step takes long to compile
         options = {"dt": 0.25, "valid": valid, "implementation": "pallas"}
         return slif.simulate(params, state, x, record=("s", "u", "spike_count"), **options)
 
@@ -315,7 +315,7 @@ def main():
         return jax.grad(loss)(weights)
 
     weights = jax.random.normal(jax.random.key(2), (12, n_units))
-    # The sum over devices is JAX's own doing: the weights are the same everywhere, and so must their gradient be.
+    # JAX adds the sum over devices: the weights are the same everywhere, and so must their gradient be.
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P(None, "devices")), out_specs=P())
     agree(mapped(weights, x), gradient(weights, x))
     print("shard_map")

@@ -1,4 +1,4 @@
-"""The quickstart: its table and its picture are those of the cell."""
+"""The single-neuron example: its table and its picture are those of the cell."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The slopes: formula, antiderivative, behaviour at the extremes of the number formats, and no needless compilation."""
+"""The slopes: formula, antiderivative, behaviour at the extremes of the number formats, and no extra compilation."""
 
 import math
 
@@ -144,7 +144,7 @@ def test_a_value_differentiates_by_what_is_attached_to_it_alone():
 
 @pytest.mark.parametrize("mapped", [(0, None, None), (None, 1, None), (None, None, 0), (0, 1, 0), (1, None, 0)])
 def test_what_is_attached_under_vmap(mapped):
-    """The value of all examples may be one and the same, and their derivatives not."""
+    """All examples may share a value but not its derivative."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(3,) if n is None else (4, 3) if n == 0 else (3, 4)).astype(np.float32) for n in mapped]
     grad = jax.grad(lambda x, value, slope: (attach(value, x, slope) ** 2).sum())
@@ -157,7 +157,7 @@ def test_what_is_attached_under_vmap(mapped):
 
 @pytest.mark.parametrize("reset", ["zero", "subtract"])
 def test_reset_through_the_spike_keeps_infinity_out_of_the_value(reset):
-    """v' = (1 - z) u, or u - z thr, as a value the select."""
+    """v' is differentiated as (1 - z) u, or u - z thr, but computed by a select."""
     params = make_params(reset=reset, surrogate=slif.arctan(detach_reset=False))
     u = jnp.array([jnp.inf, 0.5, 0.25, 0.25])
     thr, z = jnp.array([0.25, 0.25, 0.5, jnp.inf]), jnp.array([1.0, 1.0, 0.0, 0.0])

@@ -25,7 +25,7 @@ SCALARS = {
 
 
 def separate(params, over, currents=CURRENTS, state=None, dt=DT, stack=np.stack, **options):
-    """One run of `simulate` a point."""
+    """One run of `simulate` per point."""
     results = []
     for k in range(len(next(iter(over.values())))):
         values = {name: x[k] for name, x in over.items()}
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_separate_runs(surrogate, batch_size):
 
 
 def test_numbers_of_the_surrogate():
-    """Those of a unit, in value and gradient; spikes that all points share have a derivative for each."""
+    """One per unit, in value and gradient; spikes that all points share have a derivative for each."""
     params, record = make_params("voltage"), ("s", "spike_count", "surrogate")
     alpha = np.random.default_rng(0).uniform(0.1, 9, (2, N_UNITS)).astype(np.float32)
 
@@ -182,7 +182,7 @@ def test_numbers_of_the_surrogate():
 
 
 def test_shared_arrays_are_not_copied():
-    """No temporary as large as P times the currents, when only counts are asked for."""
+    """No temporary as large as P times the currents, if only counts are requested."""
     params, n_points = make_params("plain", n_units=100), 64
     currents = jax.ShapeDtypeStruct((200, 100), jnp.float32)
     taus = jax.ShapeDtypeStruct((n_points,), jnp.float32)

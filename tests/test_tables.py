@@ -18,7 +18,7 @@ OUTPUTS = ("u", *FIELDS, "spike_count", "first_spike_time")
 
 
 def table(first, page="examples/training.md"):
-    """The rows of the page's table with this first heading, the headings in front."""
+    """The rows of the page's table with this first heading, headings first."""
     text = (ROOT / page).read_text()
     lines = text[text.index(f"\n| {first} |") + 1 :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]

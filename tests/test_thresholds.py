@@ -1,4 +1,4 @@
-"""Which thresholds a step compares with: those of params where nothing adapts them, those of the state elsewhere."""
+"""Which thresholds a step compares with: those of params if nothing adapts them, else those of the state."""
 
 import functools
 
@@ -105,7 +105,7 @@ def test_swept_thresholds_act_on_a_given_state():
 
 
 def test_a_sweep_over_periods_starts_from_rest():
-    """A given state at rest has the clock of its own period, which a longer one finds refractory."""
+    """A given state at rest has the clock of its own period, with which units are refractory under a longer one."""
     params = make_params("plain", n_units=1, thr_jitter=0.0)
     over, currents = {"refract_time": np.array([1.0, 4.0, 9.0])}, np.full((12, 1), 1e3, np.float32)
     first = [

@@ -129,7 +129,7 @@ class Network(nnx.Module):
 
 
 def test_a_module_is_restored(tmp_path):
-    """From a pure dict, from one that has been through Orbax, and from `nnx.split`."""
+    """From a pure dict, from one saved by Orbax, and from `nnx.split`."""
     ocp = pytest.importorskip("orbax.checkpoint")
     x, network = jnp.asarray(make_currents()), Network(nnx.Rngs(0))
     expected = network(x)
@@ -192,7 +192,7 @@ def test_reset_of_fields():
     assert_same(some.v, np.where(where[:, None], 0, state.v))
     assert_same(some.replace(v=state.v), state)
     kept = slif.reset(new.replace(thr_persist=True), state, fields=("thr",))
-    assert_same(kept.thr, rest.thr)  # asked for by name
+    assert_same(kept.thr, rest.thr)  # requested explicitly
     with pytest.raises(ValueError, match=r"^fields: expected names among j, v, s, thr, rfr, tols, surrogate, got w"):
         slif.reset(params, state, fields=("w",))
     with pytest.raises(TypeError, match=r"^fields: expected a tuple of names"):

@@ -48,7 +48,7 @@ def write(path, **changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder of data.npz and of what is written for it."""
+    """A folder with data.npz and the results written for it."""
     folder = tmp_path_factory.mktemp("speech")
     with jax.numpy_rank_promotion("allow"):
         speech.main(["--data", str(write(folder / "data.npz")), *SMALL, "--out", f"{folder}/out"])
@@ -68,7 +68,7 @@ def test_it_learns_and_evaluates_to_the_same(trained, tmp_path, capsys):
 
 
 def test_padding_changes_nothing(trained):
-    """Neither what stands in it, NaN included, nor how much of it there is."""
+    """Neither its values, NaN included, nor its length."""
     data, test = speech.with_differences(*speech.load(trained / "data.npz"))
     network, params = speech.load_weights(trained / "out" / "weights.npz", CLASSES, data)
     logits, spikes = speech.run(network, params, test.x, test.n)
@@ -214,7 +214,7 @@ def test_a_missing_package_is_told_in_one_line(script):
 
 def test_the_bundled_utterances(monkeypatch):
     pytest.importorskip("sktime")
-    monkeypatch.setattr("socket.socket.connect", None)  # they come with the package
+    monkeypatch.setattr("socket.socket.connect", None)  # distributed with the package
     train, test = speech.load(None)
     assert (train.x.shape, test.x.shape) == ((270, 26, 12), (370, 29, 12))
     assert np.bincount(train.y).tolist() == [30] * 9

@@ -1,4 +1,4 @@
-"""Numbers that are valid and hardly meant: a warning at the line that gave them, and none where nothing is known."""
+"""Numbers that are valid but hardly intended: a warning at the line that passed them, none if they are unknown."""
 
 import warnings
 
@@ -134,7 +134,7 @@ def test_once_a_line():
 @many
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sampled_from([float, np.float32, np.float64, np.array]))
 def test_the_bound_is_that_of_euler(tau_m, dt, form):
-    """A deviation from rest grows at each step just where it is told so."""
+    """A deviation from rest grows at each step exactly where there is a warning."""
     tau_m, dt = form(tau_m), float(form(dt))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

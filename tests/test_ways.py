@@ -1,4 +1,4 @@
-"""Every way of calling gives the same spikes: bit for bit those of the live reference, whatever is a literal."""
+"""Every way of calling gives the same spikes: bit for bit those of the live reference, literals or not."""
 
 import functools
 
@@ -27,7 +27,7 @@ MECHANISMS = {
     "adaptive": {"thr_gain": 0.02, "thr_leak": 0.01},
     "rho_b": {"rho_b": 0.003},
 }
-# Factors of 1, powers of two, and fractions that no float holds: (dt, resist_m) of each mechanism.
+# Factors of 1, powers of two, and fractions that no float holds exactly: (dt, resist_m) of each mechanism.
 CASES = (
     {"plain": (0.3, 1.3), "sticky": (0.3, 1.3), "adaptive": (1.0, 1.3), "rho_b": (0.5, 1.3)},
     {"plain": (1.0, 1.3), "sticky": (1.0, 1.0), "adaptive": (0.25, 1.3), "rho_b": (2.0, 1.0)},
@@ -47,7 +47,7 @@ def cell_of_the_reference(mechanism, resist_m):
 
 @functools.cache
 def reference(mechanism, dt, resist_m):
-    """What the reference does."""
+    """The results of the reference."""
     cell, cell.state = cell_of_the_reference(mechanism, resist_m)
     out = cell.run(CURRENTS, np.arange(T, dtype=np.float32) * np.float32(dt), dt)
     return {name: np.asarray(out[name]) for name in TOLD}
@@ -57,7 +57,7 @@ def told(state):
     return {name: getattr(state, name) for name in TOLD}
 
 
-# Of params p, states s and dt by mechanism: all mechanisms make one program, which XLA takes less long for.
+# Params p, states s and dt are by mechanism: all mechanisms are one program, which XLA compiles faster.
 
 
 def run(p, s, x, dt):
@@ -200,7 +200,7 @@ WAYS = {
     "nnx.SLIF closed over": nnx_closed,
     "nnx.SLIFCell in nnx.RNN": nnx_rnns,
 }
-# A literal of its own makes a program of its own; of the others every second one takes the second case.
+# Each literal makes another program; of the others, every second one takes the second case.
 CHOSEN = [(name, case) for name in LITERAL for case in (0, 1)]
 CHOSEN += [(name, n % 2) for n, name in enumerate(WAYS)]
 

@@ -1,4 +1,4 @@
-"""Fused kernels: the whole time loop with the state in registers. Nothing here is imported before it is needed."""
+"""Fused kernels: the whole time loop with the state in registers. The modules are imported only when needed."""
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,21 @@ from slif.kernels.inline import obstacle
 from slif.request import Request
 from slif.types import SLIFParams
 
-OLDEST_JAX = (0, 10)  # Pallas changes with every release; the scan serves those before
-NEWEST_JAX = (0, 12)  # that the suite has run on: a newer one gets the kernels by name only
-AMPERE_JAX = (0, 11)  # before it, Mosaic's code for anything older than Hopper ends the process
+OLDEST_JAX = (0, 10)  # Pallas changes with every release; older ones get the scan
+NEWEST_JAX = (0, 12)  # that the tests have run on; a newer one gets the kernels only on request
+AMPERE_JAX = (0, 11)  # before it, Mosaic's code for anything older than Hopper kills the process
 LEAST_CAPABILITY = (8, 0)
 _CURRENTS = ("float32", "bfloat16", "float16")
 _SPIKES = ("float32", "bfloat16", "float16", "bool", "uint8", "int8", "int32")
 
 
 def tried() -> bool:
-    """Whether the suite has run on this release of JAX."""
+    """Whether the tests have run on this release of JAX."""
     return OLDEST_JAX <= jax.__version_info__[:2] <= NEWEST_JAX
 
 
 def missing(params: SLIFParams, currents: Array, request: Request) -> str | None:
-    """What of this run a kernel cannot do, or None."""
+    """What a kernel cannot do of this run, or None."""
     symbolic = not all(isinstance(n, int) for n in currents.shape)
     reasons = {
         f"jax {jax.__version__}, which is too old for it": jax.__version_info__ < OLDEST_JAX,
@@ -40,17 +40,17 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
 
 
 def _of_slope(params: SLIFParams, currents: Array) -> str | None:
-    """What of the surrogate's slope a kernel cannot do; it sees the units of a tile, whatever rows they belong to."""
+    """What a kernel cannot do of the surrogate's slope: it sees the units of a tile, whatever rows they are in."""
     surrogate = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params.surrogate)
     x = jax.ShapeDtypeStruct(currents.shape[1:], params.thr.dtype)
     found = obstacle(lambda surrogate, x: surrogate(x), surrogate, x)
-    if found is None and surrogate.wrt == "voltage":  # backwards, a custom derivative gives the value too
+    if found is None and surrogate.wrt == "voltage":  # backwards, a custom derivative also computes the value
         found = obstacle(lambda surrogate, x: jax.vjp(surrogate, x)[0], surrogate, x)
     return None if found is None else f"{found} in the surrogate's slope"
 
 
 def unfit() -> str | None:
-    """Why the kernels do not run on the default device; None where they do, if only in the interpreter of a CPU."""
+    """Why the kernels cannot run on the default device; None if they can, if only in a CPU's interpreter."""
     device = _device.default()
     if device.platform == "cpu":
         return None

@@ -1,4 +1,4 @@
-"""What stands in for the kernels in a program that is for another platform than an NVIDIA GPU: the scan.
+"""The scan that replaces the kernels in a program for any platform other than an NVIDIA GPU.
 
 On a machine with a GPU, a program's platform is known only once it is lowered.
 """
@@ -16,10 +16,10 @@ from slif.types import FIELDS, SLIFState
 
 
 def forward(plan: Plan, args: tuple[Inputs]) -> dict[str, Any]:
-    """What the kernel gives; in place of the states that it keeps, the first one, from which they follow."""
+    """The same as the kernel, but in place of the states that it keeps, the first one, from which they follow."""
     (inputs,) = match_varying_axes(args)
     n_steps, *shape = inputs.currents.shape
-    zeros = broadcast_like(0 * inputs.dt, inputs.currents[0])  # which differs between devices where the others do
+    zeros = broadcast_like(0 * inputs.dt, inputs.currents[0])  # varying between devices as the others do
     request = plan.request.replace(
         dt=inputs.dt.reshape(()),
         t0=inputs.t0.reshape(()),
@@ -43,12 +43,12 @@ def _valid(bits: Array, n_steps: int) -> Array:
 
 
 def reverse(plan: Plan, args: tuple[Inputs, Cotangents]) -> dict[str, Any]:
-    """The derivative of `forward`, which runs once more for it."""
+    """The derivative of `forward`, which is run again for it."""
     inputs, cotangents = match_varying_axes(args)
     units = inputs.currents[0]
     zeros = broadcast_like(0 * inputs.dt, units)
     first = dict.fromkeys(plan.carried, zeros) | {name: x[0] for name, x in inputs.state.items()}
-    # One number a unit, as the kernel has it: their cotangents are summed outside.
+    # One number per unit, as in the kernel: their cotangents are summed outside.
     per_unit = {name: broadcast_like(getattr(inputs.params, name), units) for name in trained(inputs.params)}
 
     def outputs(per_unit, differentiated, currents, dt):

@@ -1,4 +1,4 @@
-"""All T steps as one kernel, forwards and backwards: what `simulate` calls."""
+"""All T steps as one kernel, forwards and backwards."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ from slif.types import FIELDS, SLIFParams, SLIFState
 def run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, by_name: bool
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """What `loops.plain.run` gives; with respect to the voltage, reverse mode only.
+    """The same as `loops.plain.run`; with a voltage surrogate, reverse mode only.
 
-    Where the program turns out not to be for an NVIDIA GPU, the interpreter runs the kernels if they were asked for by
-    name, else a scan stands in for them.
+    If the program turns out not to be for an NVIDIA GPU, the interpreter runs the kernels if they were requested
+    explicitly, else a scan replaces them.
     """
     record = request.record
     rows = [name for name in record if name not in (*SUMMARIES, "s_packed")]
@@ -36,7 +36,7 @@ def run(
         n_steps=len(currents),
         request=request.replace(dt=None, t0=None, valid=None),
         record=(*rows, "s") if only_packed else tuple(rows),
-        # Mosaic keeps predicates as single bits, which no array does; another pass over a byte a spike makes them bool.
+        # Mosaic stores predicates as single bits, unlike any array; so spikes are written as bytes, then made bool.
         spike_dtype=jnp.dtype(jnp.uint8) if only_packed or request.spike_dtype == jnp.bool_ else request.spike_dtype,
         masked=request.valid is not None,
     )
@@ -65,7 +65,7 @@ def run(
 class Kernel(NamedTuple):
     name: str
     body: Callable
-    out_type: Callable  # of the plan, its arguments, and the shape of the units
+    out_type: Callable  # a function of the plan, the arguments, and the shape of the units
     fallback: Callable  # does the same on other platforms
 
 
@@ -76,7 +76,7 @@ def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
     def by(launch: Callable) -> Callable:
         return lambda args: partition(functools.partial(_flat, kernel, plan, launch), out_type, rank, args)
 
-    # Pallas' interpreter does not know the types of `jax.shard_map`'s check_vma; its code for GPUs does.
+    # Pallas' interpreter does not support the types of `jax.shard_map`'s check_vma; its code for GPUs does.
     interpreted = by_name and not any(varying(x) for x in jax.tree.leaves(args))
     scan = functools.partial(kernel.fallback, plan)
     if interpreted:
@@ -86,7 +86,7 @@ def _launch(kernel: Kernel, plan: loop.Plan, by_name: bool, args: Any) -> Any:
 
 
 def _refuse(context: Any, *_: Any) -> NoReturn:
-    """What a program is for is known for certain only when it is lowered."""
+    """A program's platform is certain only when it is lowered."""
     (platform,) = context.platforms or context.module_context.platforms
     raise NotImplementedError(
         f"implementation: expected an NVIDIA GPU for 'pallas', got platform {platform}; use None or 'xla'"
@@ -100,13 +100,13 @@ mlir.register_lowering(refused_p, _refuse)
 
 
 def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: Any) -> Any:
-    """The launch, with all units side by side."""
+    """Launches the kernel with all units along one axis."""
     shape = units_shape(rank, args)
     n = math.prod(shape)
     padded = max(n, mosaic_gpu.WARPGROUP)
 
     def flat(x: Array) -> Array:
-        """[..., M]; one number for all stays one."""
+        """[..., M]; a number shared by all units stays [..., 1]."""
         steps = x.shape[: x.ndim - rank]
         if n > 1 and x.size == math.prod(steps):
             return x.reshape(*steps, 1)

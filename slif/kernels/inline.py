@@ -1,4 +1,4 @@
-"""Functions as plain operations: kernels know no custom derivative and no jit, and would compute what nobody uses."""
+"""Functions as plain operations: kernels know no custom derivatives and no jit, and would compute unused values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,9 @@ from jax.extend import core
 
 # Primitives that only call a function, once, with their own inputs, as jax 0.10 to 0.12 name them.
 CALLS = {"jit", "closed_call", "remat2", "custom_jvp_call", "custom_vjp_call"}
-# Those whose value is that of their first input.
+# Primitives that return their first input.
 PASSING = {"copy", "slif_attach", "stop_gradient"}
-# Those of one element at a time that Mosaic GPU lowers under all of these releases, or that are spelt out below.
+# Elementwise primitives that Mosaic GPU lowers in all of these releases, or that are spelt out below.
 ELEMENTWISE = {
     *("abs", "add", "add_any", "clamp", "div", "integer_pow", "max", "min", "mul", "neg", "one_minus_square", "sub"),
     *("and", "or", "xor", "eq", "ge", "gt", "le", "lt", "ne", "round", "select_n", "sign"),
@@ -22,7 +22,7 @@ ELEMENTWISE = {
 
 
 def inline_jaxpr(fun: Callable) -> Callable:
-    """`fun` with every inner call taken apart and unused operations left out; it is traced once, at its first call."""
+    """`fun` with every inner call inlined and unused operations left out; it is traced once, at its first call."""
     traced: list[Any] = []
 
     def run(*args):
@@ -37,7 +37,7 @@ def inline_jaxpr(fun: Callable) -> Callable:
 
 
 def obstacle(fun: Callable, *args: Any) -> str | None:
-    """What keeps `fun` of these arguments from being operations on each element by itself, or None."""
+    """What keeps `fun` from being elementwise on these arguments, or None."""
     return _obstacle(jax.make_jaxpr(fun)(*args).jaxpr)
 
 
@@ -72,7 +72,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Any]) -> list[Any]:
         elif eqn.primitive.name in _SPELT_OUT:
             outputs = [_SPELT_OUT[eqn.primitive.name](*inputs, **eqn.params)]
         else:
-            # Of arrays on a mesh; a kernel sees its own device's part alone.
+            # Of arrays on a mesh, a kernel sees only its own device's part.
             params = eqn.params | ({"sharding": None} if "sharding" in eqn.params else {})
             outputs = eqn.primitive.bind(*inputs, **params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
@@ -81,7 +81,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Any]) -> list[Any]:
 
 
 def _called(eqn: Any) -> tuple[Any, Any]:
-    """The function and the constants of an equation that is only a call; of any other, None."""
+    """The function and the constants of an equation that is only a call; None for any other."""
     if eqn.primitive.name not in CALLS:
         return None, ()
     inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]

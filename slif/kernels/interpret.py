@@ -1,4 +1,4 @@
-"""Launches the loops in Pallas' interpreter, on any machine: slow, and the way to test them without a GPU."""
+"""Launches the loops in Pallas' interpreter, on any machine: slow, but enough to test them without a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from slif.kernels.loop import Plan, Tile
 
 
 def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) -> Any:
-    """Runs `body(plan, tile, *inputs, outs)` for every tile, with references for arrays."""
+    """Runs `body(plan, tile, *inputs, outs)` for every tile, with references in place of arrays."""
     leaves, tree = jax.tree.flatten(inputs)
     out_leaves, out_tree = jax.tree.flatten(out_type)
 
@@ -21,7 +21,7 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
             units=pl.ds(start, plan.width),
             load=lambda ref: ref[...],
             fill=lambda x, dtype=jnp.float32: jnp.full((plan.width,), x, dtype),
-            # Of a whole block in one piece, XLA's CPU backend takes minutes to make code.
+            # XLA's CPU backend takes minutes to compile a whole block in one piece.
             part=jax.lax.optimization_barrier,
         )
         body(plan, tile, *tree.unflatten(refs[: len(leaves)]), out_tree.unflatten(refs[len(leaves) :]))

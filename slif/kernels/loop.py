@@ -1,9 +1,10 @@
 """The time loop of a tile of units, forwards and backwards, with the state in registers.
 
-Both bodies are the same Python functions wherever they run; a launcher gives them references to whole arrays, the place
-of their tile, and how to load it. They call the step of the plain loop and JAX's derivative of it; no equation is here.
+Both bodies are the same Python functions wherever they run; a launcher passes them references to whole arrays, the
+place of their tile, and how to load it. They call the step of the plain loop and JAX's derivative of it, and contain no
+equations.
 
-Letters: T time steps, M units (every row of a batch counts), K steps a block.
+Letters: T time steps, M units (over all rows of a batch), K steps per block.
 """
 
 import dataclasses
@@ -35,17 +36,17 @@ class Plan:
     """What a kernel is compiled for."""
 
     n_steps: int  # T
-    request: Request  # as it came, without its arrays
+    request: Request  # as passed, without its arrays
     record: tuple[str, ...]  # written at each step, [T, M]
     spike_dtype: Any
     masked: bool  # some rows are frozen at some steps
     keep: bool = False  # the state before each block, [ceil(T / K), M], for the reverse loop
     n_units: int = 0  # M
-    width: int = 0  # units of a tile, M or less
+    width: int = 0  # units per tile, at most M
 
     @property
     def carried(self) -> tuple[str, ...]:
-        """The fields that go round the loop: what a later step reads, tols, and what a frozen row is to show."""
+        """The fields that the loop carries: those that later steps read, tols, and those that a frozen row repeats."""
         return FIELDS if self.masked else ("v", "thr", "rfr", "tols")
 
     @property
@@ -63,12 +64,12 @@ class Plan:
 
     @property
     def n_blocks(self) -> int:
-        """Whole blocks; what remains after them is 1 to K steps, so that the last step always stands apart."""
+        """The number of whole blocks, after which 1 to K steps remain, so that the last step is always separate."""
         return (self.n_steps - 1) // BLOCK
 
 
 class TimeConstant(struct.PyTreeNode):
-    """tau_m, whose reciprocal is known: a kernel's own would be an approximation."""
+    """tau_m with its reciprocal precomputed: a kernel's own would be an approximation."""
 
     tau_m: Array
     inverse: Array
@@ -78,7 +79,7 @@ class TimeConstant(struct.PyTreeNode):
 
 
 class Inputs(NamedTuple):
-    """What both loops read; a number for all units has a last axis of 1."""
+    """Inputs of both loops; a number shared by all units has a last axis of 1."""
 
     params: SLIFParams  # [M]
     state: dict[str, Array]  # Plan.carried, [M]; KEPT, [ceil(T / K), M], for the reverse loop
@@ -95,15 +96,15 @@ def trained(params: SLIFParams) -> tuple[str, ...]:
 
 
 class Tile(NamedTuple):
-    """A launcher's way to the units of one tile."""
+    """How a launcher accesses the units of one tile."""
 
     units: Any  # their slice of M
     load: Callable[[Any], Array]  # reads a reference [width] into registers
-    fill: Callable[..., Array]  # a number in the same registers, as float32 or the dtype given
-    part: Callable[[Any], Any] = lambda carry: carry  # between steps that the compiler is not to take together
+    fill: Callable[..., Array]  # a number in registers of the same layout, as float32 or the given dtype
+    part: Callable[[Any], Any] = lambda carry: carry  # separates steps that the compiler must not merge
 
     def number(self, ref: Any) -> Array:
-        """What stays one number where it is one, or the tile's share of [M]."""
+        """A number shared by all units, as one; else the tile's share of [M]."""
         return ref[0] if ref.shape[-1] == 1 else self.row(ref)
 
     def row(self, ref: Any, *k: Any) -> Array:
@@ -111,7 +112,7 @@ class Tile(NamedTuple):
         if ref.shape[-1] == 1:
             return self.fill(ref[*k, 0])
         x = self.load(ref.at[*k, self.units])
-        # Inside `jax.shard_map` its type says that it differs between devices, and what Pallas makes of it does not.
+        # Inside `jax.shard_map` x is typed as varying between devices; the results of Pallas' operations are not.
         return x * 1 if varying(x) else x
 
     def bits(self, ref: Any, k: Any) -> Array:
@@ -126,7 +127,7 @@ def valid_at(bits: Array | None, k: int) -> Array | None:
 def step_of_fields(
     params: SLIFParams, fields: dict[str, Array], j: Array, t: Array, dt: Array, valid: Array | None
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """One step, from the fields that go round the loop: the state after it, and what it shows beside its fields."""
+    """One step from the carried fields: the state after it, and its records that are not fields."""
     unread: dict[str, Any] = dict.fromkeys(FIELDS)
     new, u, s = masked_step(params, SLIFState(**unread | fields), j, t, dt, valid)
     return new, {"u": u, "s": s}
@@ -151,7 +152,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
     def write(k, record):
         for name, x in record.items():
             ref = outs["record"][name]
-            # A spike is selected by its predicate: on the way from float32 an integer is clamped, and converted slowly.
+            # Spikes are selected by predicate: converting float32 to an integer clamps it, and is slow.
             x = (x != 0).astype(jnp.int32) if jnp.issubdtype(ref.dtype, jnp.integer) else x
             ref[k, tile.units] = x.astype(ref.dtype)
 
@@ -192,7 +193,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of what the forward loop gave; None stands for zero."""
+    """Cotangents of the results of the forward loop; None stands for zero."""
 
     record: dict[str, Array]  # [T, M]
     final: dict[str, Array]  # DIFFERENTIATED, [M]
@@ -200,12 +201,12 @@ class Cotangents(NamedTuple):
 
 
 def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs: dict[str, Any]) -> None:
-    """Runs all T steps of a tile backwards; each block runs forwards first, from the state that was kept."""
+    """Runs all T steps of a tile backwards; each block first runs forwards again, from the state that was kept."""
     params = jax.tree.map(tile.number, inputs.params)
-    zero = tile.fill(0)  # added to a number, it makes one a unit: their cotangents are summed outside
+    zero = tile.fill(0)  # added to a shared number, it makes one per unit: their cotangents are summed outside
     per_unit = {name: getattr(params, name) + zero for name in trained(params)}
     dt = tile.number(inputs.dt) + zero
-    unread = dict.fromkeys(FIELDS if plan.masked else ("tols",), zero)  # what no gradient depends on
+    unread = dict.fromkeys(FIELDS if plan.masked else ("tols",), zero)  # no gradient depends on these
     inverse = tile.number(inputs.inverse_tau) + zero
 
     def params_of(per_unit):

@@ -1,4 +1,4 @@
-"""Launches the loops on an NVIDIA GPU: four warps for each tile, its units in registers."""
+"""Launches the loops on an NVIDIA GPU: four warps per tile, with its units in registers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +12,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from slif.kernels.loop import Plan, Tile
 
 WARPGROUP = 128
-WIDE_FROM = 2**17  # units, below which tiles are narrow
+WIDE_FROM = 2**17  # units; with fewer, tiles are narrow
 
 
 def width(n_units: int, backwards: bool) -> int:
-    """Units of a tile.
+    """Units per tile.
 
-    Four units a lane make loads of 16 bytes, for which rows have to start at a multiple of 16 bytes, and there have to
-    be tiles for every multiprocessor. Backwards a tile is half as wide, since a block's states lie in registers: of 255
-    a thread narrow tiles take 40 to 137 and wide ones 89 to 255, and with four units a lane the loop backwards spills
-    272 bytes (`ahead_of_time/run`). On an H100 one, two and four units a lane and blocks of 8 and 16 steps
+    Four units per lane make loads of 16 bytes, for which rows must start at a multiple of 16 bytes, and there must be
+    tiles for every multiprocessor. Backwards a tile is half as wide, since a block's states lie in registers: of 255
+    per thread, narrow tiles use 40 to 137 and wide ones 89 to 255, and with four units per lane the backward loop
+    spills 272 bytes (`ahead_of_time/run`). On an H100, one, two and four units per lane and blocks of 8 and 16 steps
     took the same time to within 10 %, from 2^14 to 2^20 units.
     """
     lanes = 2 if backwards else 4
@@ -31,13 +31,13 @@ def width(n_units: int, backwards: bool) -> int:
 
 
 def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) -> Any:
-    """Runs `body(plan, tile, *inputs, outs)` for every tile, with references for arrays."""
+    """Runs `body(plan, tile, *inputs, outs)` for every tile, with references in place of arrays."""
     leaves, tree = jax.tree.flatten(inputs)
     out_leaves, out_tree = jax.tree.flatten(out_type)
     layout = plgpu.Layout.WG_STRIDED((plan.width,), vec_size=plan.width // WARPGROUP)
 
     def kernel(*refs):
-        # The last tile overlaps the one before instead of being masked: both write the same there.
+        # The last tile overlaps the one before instead of being masked: both write the same values there.
         start = jnp.minimum(lax.axis_index("tile") * plan.width, plan.n_units - plan.width)
         tile = Tile(
             units=pl.ds(start, plan.width),
@@ -52,7 +52,7 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
         grid=(plan.n_tiles,),
         grid_names=("tile",),
         kernel_name=name,
-        # Safe since nothing that is written is read; the barriers would stand before and after every store.
+        # Safe, since nothing that is written is read; barriers would come before and after every store.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
     return out_tree.unflatten(run(*leaves))

@@ -1,4 +1,4 @@
-"""One launch for all units: axes that `vmap` adds lie beside them, and every device launches its own share."""
+"""One launch for all units: axes that `vmap` adds become axes of units, and every device launches its own share."""
 
 import itertools
 from collections.abc import Callable
@@ -19,9 +19,9 @@ Fun = Callable[[int, Any], Any]
 
 
 def partition(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
-    """`fun(rank, args)`, whose arrays end in `rank` axes of independent units, and begin with axes of steps.
+    """`fun(rank, args)`, whose arrays begin with axes of steps and end in `rank` axes of independent units.
 
-    The axes of units broadcast against each other to some shape; what comes out is `out_type(shape)`.
+    The axes of units broadcast against each other to some shape; the result is `out_type(shape)`.
     """
     leaves, tree = jax.tree.flatten(args)
 
@@ -29,7 +29,7 @@ def partition(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
     def call(*leaves):
         return _over_devices(fun, out_type, rank, tree.unflatten(leaves))
 
-    # A kernel's own rule would make a grid axis of the mapped one, and pad every point of it to a tile.
+    # A kernel's own rule would turn the mapped axis into a grid axis, and pad every point of it to a tile.
     @call.def_vmap
     def fold(size, mapped, *leaves):
         def beside(x: Array, mapped: bool) -> Array:
@@ -45,7 +45,7 @@ def partition(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
 
 
 def units_shape(rank: int, args: Any) -> tuple[int, ...]:
-    """The shape of the units."""
+    """The shape that the axes of units broadcast to."""
     return np.broadcast_shapes(*(x.shape[x.ndim - rank :] for x in jax.tree.leaves(args)))
 
 
@@ -69,7 +69,7 @@ def _over_devices(fun: Fun, out_type: Callable, rank: int, args: Any) -> Any:
 
 
 def _explicit(local: Callable, mesh: Any, rank: int, shape: tuple, leaves: list, out_leaves: list) -> Callable:
-    """Where types tell what is sharded over which axes: a `shard_map` over these."""
+    """For axes whose sharding is part of types: a `shard_map` over these."""
     rows = [None] * rank
     for x in leaves:
         for n, name in enumerate(explicit_axes(x)[x.ndim - rank :]):
@@ -93,7 +93,7 @@ def _explicit(local: Callable, mesh: Any, rank: int, shape: tuple, leaves: list,
 
 
 def _automatic(local: Callable, rank: int, shape: tuple, leaves: list, out_leaves: list) -> Callable:
-    """Where XLA's partitioner decides: it is told that units are independent, and steps are not."""
+    """For axes that XLA's partitioner decides on: a rule by which units are independent, and steps are not."""
     number = itertools.count()
     steps: list[str] = []
 

@@ -1,1 +1,1 @@
-"""The time loop, a room for each way to run it; `choose` picks one, and `plain` is what all others must equal."""
+"""The time loop, one module per implementation; `choose` picks one, and all others must equal `plain`."""

@@ -1,4 +1,4 @@
-"""`lax.scan` in turns of several steps, which keeps the carry of every so many steps only for the backward pass."""
+"""`lax.scan` with several steps per iteration, which keeps only every so many carries for the backward pass."""
 
 import functools
 from collections.abc import Callable
@@ -13,8 +13,8 @@ def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1
     length = jax.tree.leaves(xs)[0].shape[0]
     if every is None or every >= length:
         return _turns(body, unroll, carry, xs)
-    # A ragged last block copies the sequences to take them apart, which costs more memory than it saves: at T = 1000
-    # 25 steps a block take a sixth of the memory, 32 with a tail of 8 twice as much.
+    # For a shorter last block the sequences are split, and so copied, which costs more memory than it saves: at
+    # T = 1000, 25 steps per block take a sixth of the memory, 32 with a tail of 8 twice as much.
     every = _divisor(length, every)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -29,18 +29,19 @@ def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1
 
 
 def _turns(body: Callable, unroll: int, carry: Any, xs: Any) -> tuple[Any, Any]:
-    """Turns of `unroll` steps at most, of which none are left over if that can be had."""
+    """A scan of `unroll` steps per iteration, or fewer if that leaves no steps over."""
     length = jax.tree.leaves(xs)[0].shape[0]
-    # Of a length that `jax.export` only names JAX makes turns of one step.
+    # If the length is symbolic, as under `jax.export`, JAX does not unroll.
     unroll = _divisor(length, unroll) if isinstance(length, int) else 1
     left = length % unroll
-    # Left to JAX, the gradient of 101 steps of [64, 1024] on a GPU takes 128 MB, with a scan of their own 91 MB.
+    # Steps left over get a scan of their own: the gradient of 101 steps of [64, 1024] on a GPU then takes 91 MB, and
+    # 128 MB if left to JAX.
     turns, rest = (functools.partial(lax.scan, body, unroll=steps) for steps in (unroll, left))
     return _split(turns, rest, length - left, carry, xs)
 
 
 def _split(first: Callable, rest: Callable, whole: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`first` over so many whole turns or blocks, and `rest` over the steps that are left; each takes (carry, xs)."""
+    """`first` over the first `whole` steps, and `rest` over the steps left over; each takes (carry, xs)."""
     if whole == jax.tree.leaves(xs)[0].shape[0]:
         return first(carry, xs)
     if whole == 0:

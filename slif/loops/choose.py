@@ -1,4 +1,4 @@
-"""Which loop runs: a fused kernel where it can, else the scan of the platform."""
+"""Chooses the loop: a fused kernel where one can run, else the platform's scan."""
 
 import functools
 from collections.abc import Callable
@@ -18,26 +18,26 @@ Loop = Callable[[SLIFParams, SLIFState, Array, Request], tuple[SLIFState, dict[s
 def choose(
     implementation: str | None, params: SLIFParams, currents: Array, request: Request, *, constant: bool
 ) -> Loop:
-    """The loop for these arguments; `constant` where nothing is differentiated through it."""
+    """The loop for these arguments; `constant` if nothing is differentiated through it."""
     if fuses(implementation, params, currents, request):
-        from slif.kernels import fused  # where it is used, since importing Pallas takes longer than JAX itself
+        from slif.kernels import fused  # only when needed, since Pallas takes longer to import than JAX itself
 
         return functools.partial(fused.run, by_name=implementation == "pallas")
     if currents.shape[0] == 0:
         return plain.run
-    # Where thresholds wait for a sum over units, the spikes of the turned loop do too: 0.85 of the plain one's speed.
-    # Where currents wait for spikes it gains nothing forwards, and training takes 0.9 of its time in the plain one.
+    # If thresholds wait for a sum over units, so do the spikes of the CPU's loop: 0.85 of the plain one's speed. If
+    # currents wait for spikes, it gains nothing forwards, and training takes 0.9 of its time in the plain one.
     waits = params.rho_b is not None or request.feedback is not None
     on_cpu = plain.run if waits else functools.partial(cpu.run, constant=constant)
     on_tpu = functools.partial(tpu.run, constant=constant)
-    # Under differentiation each branch would keep what the others do as well: there the default device decides.
+    # Under differentiation each branch would also keep what the others keep, so there the default device decides.
     if not constant or jax.default_backend() == "cpu":
         return {"cpu": on_cpu, "tpu": on_tpu}.get(_device.default().platform, gpu.run)
     return lambda *arguments: lax.platform_dependent(*arguments, cpu=on_cpu, tpu=on_tpu, default=gpu.run)
 
 
 def fuses(implementation: str | None, params: SLIFParams, currents: Array, request: Request) -> bool:
-    """Whether a kernel runs the loop: when asked for, or on a GPU when it can."""
+    """Whether a kernel runs the loop: on request, or on a GPU if it can."""
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f"implementation: expected None, 'xla' or 'pallas', got {implementation!r}")
     if implementation == "xla":
@@ -52,5 +52,5 @@ def fuses(implementation: str | None, params: SLIFParams, currents: Array, reque
 
 
 def _known(surrogate: Surrogate) -> bool:
-    """Whether it is one of the package's own: of a custom one no card's compiler has seen the code."""
+    """Whether it is one of the package's own; custom slopes have not been compiled for any card."""
     return any((known.slope, known.wrt) == (surrogate.slope, surrogate.wrt) for known in BUILT_IN.values())

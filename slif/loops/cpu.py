@@ -1,8 +1,8 @@
-"""The loop for CPUs: the same recurrence, turned by half a step.
+"""The loop for CPUs: the same recurrence, shifted by half a step.
 
-On CPUs XLA runs one kernel a step for each array that the loop carries or returns, and each computes all that it needs
-anew. Between the two halves of a step, after the Euler step and before the spike, that is least: the spikes returned
-are then one comparison in place of a second Euler step.
+On CPUs XLA runs one kernel per step for each array that the loop carries or returns, and each recomputes all that it
+needs. That is least if an iteration begins between the Euler step and the spike: the returned spikes then take one
+comparison instead of a second Euler step.
 """
 
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from slif.types import SLIFParams, SLIFState
 def run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, constant: bool = False
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """What `plain.run` gives for one step or more without feedback.
+    """The same as `plain.run`, for one step or more and without feedback.
 
-    The carry is charged: its v is u, whose spike is still to come.
+    In the carry v is u, whose spike is still to come.
     """
     valid, times = request.valid, request.times(currents.shape[0])
     paired = constant and params.refract_time is not None and state.v.dtype in (jnp.float32, jnp.float64)
@@ -41,7 +41,7 @@ def run(
         return (carried, request.summarise(summaries, s, t)), request.observe(new, u, s)
 
     if valid is None:
-        valid_before = jnp.arange(currents.shape[0]) > 0  # before the first step there is no spike to come
+        valid_before = jnp.arange(currents.shape[0]) > 0  # no spike is pending before the first step
     else:
         valid_before = jnp.concatenate([jnp.zeros_like(valid[:1]), valid[:-1]])
     t_before = jnp.concatenate([times[:1], times[:-1]])
@@ -53,16 +53,16 @@ def run(
     (carried, summaries), out = scan(body, carry, xs, request.checkpoint_every)
     charged = _unpair(carried)
     if params.resist_inh is None and valid is None:
-        # Then the last current tells i, and nothing has to carry it.
+        # Then i follows from the last current, and need not be carried.
         charged = charged.replace(j=drive(params, charged.s, currents[-1].astype(charged.v.dtype)))
     final = fire_where_valid(charged, times[-1], None if valid is None else valid[-1])
     return final, out | request.finish_summaries(summaries)
 
 
 def _pair(state: SLIFState) -> SLIFState:
-    """v and rfr as one complex array: one kernel a step in place of two.
+    """v and rfr as one complex array: one kernel per step instead of two.
 
-    Behind a barrier, lest XLA take them apart again. Bool rasters of (100, 250, 1000) take 0.7 of the time; under
+    The barrier keeps XLA from splitting them again. Bool rasters of (100, 250, 1000) take 0.7 of the time; under
     differentiation it costs more than it saves.
     """
     return state.replace(v=lax.optimization_barrier(lax.complex(state.v, state.rfr)), rfr=None)

@@ -1,4 +1,4 @@
-"""The loop for GPUs without a kernel of their own: the plain one, several steps a turn."""
+"""The loop for GPUs where no fused kernel runs: the plain one, with several steps per iteration."""
 
 from jax import Array
 
@@ -8,7 +8,7 @@ from slif.types import SLIFParams, SLIFState
 
 
 def run(params: SLIFParams, state: SLIFState, currents: Array, request: Request) -> tuple[SLIFState, dict[str, Array]]:
-    """What `plain.run` gives."""
-    # XLA launches 3 kernels a turn forwards and 9 in training; eight steps a turn take 3 and 11. Sixteen gain little
-    # more, and 32 compile three times longer.
+    """The same as `plain.run`."""
+    # XLA launches 3 kernels per iteration forwards and 9 in training; with eight steps per iteration 3 and 11. Sixteen
+    # gain little more, and 32 take three times longer to compile.
     return plain.run(params, state, currents, request, unroll=8)

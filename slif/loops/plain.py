@@ -1,4 +1,4 @@
-"""The recurrence as it is written: the truth that every other loop is held against."""
+"""The recurrence as written: the reference that every other loop must equal."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def masked_step(
     valid: Array | None,
     feedback: Array | None = None,
 ) -> tuple[SLIFState, Any, Any]:
-    """The state after a step, u, and the spikes that the step shows."""
+    """The state after a step, its u, and its spikes as recorded."""
     # A frozen row's current never reaches the equations, so that no NaN in it reaches a gradient.
     j = freeze(valid, j, jnp.zeros_like(j)).astype(old.v.dtype)
     i = drive(params, old.s, j, feedback)

@@ -1,4 +1,4 @@
-"""The loop for TPUs: the plain one, with numbers of each unit in place of scalars."""
+"""The loop for TPUs: the plain one, with scalar parameters broadcast over units."""
 
 import jax
 from jax import Array, lax
@@ -12,9 +12,9 @@ from slif.types import SLIFParams, SLIFState
 def run(
     params: SLIFParams, state: SLIFState, currents: Array, request: Request, *, constant: bool = False
 ) -> tuple[SLIFState, dict[str, Array]]:
-    """What `plain.run` gives.
+    """The same as `plain.run`.
 
-    The reasons are those of machine code for v5e; benchmarks/speed.md has the figures.
+    The reasons lie in the machine code for v5e; benchmarks/speed.md has the figures.
     """
     numbers = params.replace(thr=None, inh_weights=None)
     numbers = jax.tree.map(lambda x: broadcast_to_units(x, state.v) if x.ndim == 0 else x, numbers)
@@ -22,7 +22,7 @@ def run(
     # cell with a refractory period. The barrier keeps XLA from moving the broadcast back into the loop.
     numbers = lax.optimization_barrier(numbers)
     params = numbers.replace(thr=params.thr, inh_weights=params.inh_weights)
-    # By the compiler's estimate turns of eight steps take 0.8 of the cycles forwards, but 1.3 of them in training.
-    # For steps that are left over XLA copies whole sequences.
+    # By the compiler's estimate, eight steps per iteration take 0.8 of the cycles forwards, but 1.3 in training. If
+    # steps are left over, XLA copies whole sequences.
     eight = constant and currents.shape[0] % 8 == 0
     return plain.run(params, state, currents, request, unroll=8 if eight else 1)

@@ -1,7 +1,7 @@
 """Records the traces of this folder anew, from the configuration and the currents that each file holds.
 
-    python tests/data/record.py          # prints which arrays the reference of today gives otherwise
-    python tests/data/record.py --write  # and writes what it gives
+    python tests/data/record.py          # prints which arrays today's reference would change
+    python tests/data/record.py --write  # and writes them
 
 Recorded by ngc-learn 3.2.1 with jax 0.10.2 on a CPU. Another CPU may sum the inhibition in another order.
 """
