@@ -24,7 +24,6 @@ from jax import Array, lax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 bfa: Any = importlib.import_module("bfa_snn")
-cli: Any = importlib.import_module("cli")
 digits: Any = importlib.import_module("digits")
 
 HIDDEN, BATCH, RATE = bfa.MNIST["hidden"], bfa.MNIST["batch_size"], np.float32(bfa.MNIST["rate"])
@@ -144,9 +143,7 @@ def first_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    parser: argparse.ArgumentParser = cli.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="an .npz with MNIST's keys, or a folder with its IDX files")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--repeats", type=int, default=11, help="number of batches to take the median of")

@@ -209,7 +209,9 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     of_shape = {row["shape"]: [other["name"] for other in rows if other["shape"] == row["shape"]] for row in rows}
     shapes = [shape for shape in of_shape if set(of_shape[shape]) == set(names)]  # those that every entry ran
     size = (2 + 3 * len(shapes), 1 + 0.5 * len(names))
-    figure, panels = plt.subplots(2, len(shapes), figsize=size, layout="constrained", sharex=True, sharey=True)
+    figure, panels = plt.subplots(
+        2, len(shapes), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
     for panel, (returns, shape) in zip(panels.flat, itertools.product(RETURNS, shapes), strict=True):
         own = [row for row in rows if (row["returns"], row["shape"]) == (returns, shape)]
         titles = [peers.TITLES.get(row["name"], row["name"]) for row in own]
