@@ -1,4 +1,4 @@
-"""A package in a process of its own: PyTorch's threads slow JAX in the same process, and memory is told apart."""
+"""Runs a package in a separate process: PyTorch's threads would slow JAX down, and memory can be measured for each."""
 
 import ctypes
 import multiprocessing
@@ -13,7 +13,7 @@ import jax
 
 
 class Apart:
-    """A process that calls `make(*arguments)` for a function, and then that function whenever it is asked."""
+    """A process that calls `make(*arguments)` to get a function, and runs that function on request."""
 
     def __init__(self, make: Callable[..., Callable], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -26,17 +26,17 @@ class Apart:
         self._ask(seconds, arguments)
 
     def seconds(self, *arguments: Any) -> float:
-        """How long a run took there."""
+        """How long a run took in the process."""
         return self._ask(seconds, arguments)
 
     def result(self, *arguments: Any) -> Any:
-        """What a run gives, which has to be of NumPy."""
+        """The result of a run, as NumPy arrays."""
         return self._ask(result, arguments)
 
     def peak(self, *arguments: Any) -> int | None:
-        """Bytes by which the process grew at most during a second run, its result included; None but on Linux.
+        """The most bytes by which the process grew during a second run, including the result; None except on Linux.
 
-        Asked of a process last, since it makes malloc give back all it can from then on, which takes time.
+        Call it last: from then on malloc returns as much memory as it can, which takes time.
         """
         return self._ask(peak, arguments)
 
@@ -45,7 +45,7 @@ class Apart:
         self._process.join()
 
     def _ask(self, how: Callable, arguments: tuple) -> Any:
-        # What `make` may have raised is there before the question, so the first answer is that.
+        # An error in `make` is reported as the answer to the first request.
         try:
             self._pipe.send((how, arguments))
             error, answer = self._pipe.recv()
@@ -80,8 +80,8 @@ def result(run: Callable, given: tuple) -> Any:
     return jax.tree.map(lambda x: x if isinstance(x, bytes) else x.__array__(), run(*given))
 
 
-def give_back() -> None:
-    """Has malloc of glibc take arrays from the system and give them back, so that memory counts while it is in use."""
+def return_freed_memory() -> None:
+    """Makes glibc's malloc return freed arrays to the system, so that memory counts only while it is in use."""
     libc, mmap_threshold = ctypes.CDLL(None), -3
     if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_threshold, 2**16)
@@ -90,11 +90,11 @@ def give_back() -> None:
 
 def peak(run: Callable, given: tuple) -> int | None:
     seconds(run, given)
-    time.sleep(0.2)  # until what it freed is gone
-    give_back()
+    time.sleep(0.2)  # until freed memory is returned
+    return_freed_memory()
     try:
         before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest is from now on
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         return None
     seconds(run, given)

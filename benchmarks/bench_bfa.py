@@ -1,10 +1,10 @@
-"""A training batch of the network of examples/bfa_snn.py, against the same network of ngc-learn's own components.
+"""A training batch of the network in examples/bfa_snn.py, compared with the same network of ngc-learn's components.
 
     python benchmarks/bench_bfa.py --data mnist.npz --json bfa.json
 
-Both run a whole window (reset, Bernoulli input, two layers, the updates) as one compiled call, 1000 hidden units and
-batches of 250. For ngc-learn that is its best case: its processes compile a step each, or scan steps.
-First, both train on one batch with the same weights and the same input spikes, and must agree on what they learn.
+Both run a whole window (reset, Bernoulli input, two layers, the updates) as one compiled call, with 1000 hidden units
+and batches of 250. This is the best case for ngc-learn, whose own processes compile single steps, or scan over steps.
+First, both train on one batch with the same weights and input spikes, and must agree on what they learn.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from jax import Array, lax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 bfa: Any = importlib.import_module("bfa_snn")
-cli: Any = importlib.import_module("cli")
 digits: Any = importlib.import_module("digits")
 
 HIDDEN, BATCH, RATE = bfa.MNIST["hidden"], bfa.MNIST["batch_size"], np.float32(bfa.MNIST["rate"])
@@ -32,7 +31,7 @@ N_INPUTS = 784
 
 
 class Reference:
-    """The network of ngc-learn's components; its whole state is a dict that goes in and out."""
+    """The network of ngc-learn's components; its whole state is a dict that is passed in and returned."""
 
     def __init__(self, weights: Any):
         ngclearn: Any = importlib.import_module("ngclearn")
@@ -83,7 +82,7 @@ class Reference:
             self.evolve = ngclearn.MethodProcess("evolve") >> self.W1.evolve >> self.W2.evolve
         start = {"W1": self.W1.weights, "W2": self.W2.weights, "E": self.E2.weights}
         self.state = {name: jnp.asarray(value) for name, value in manager.state.items()}
-        # Some of its arrays, such as the thresholds, take another shape at the first step, which no scan takes.
+        # Some arrays, such as the thresholds, change shape at the first step, which a scan does not allow.
         after, _ = jax.eval_shape(self.advance.run.compiled, self.state, self.advance.pack_keywords(t=0.0, dt=bfa.DT))
         after, _ = jax.eval_shape(self.evolve.run.compiled, after, self.evolve.pack_keywords(dt=bfa.DT))
         self.state = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), self.state, after)
@@ -96,7 +95,7 @@ class Reference:
     def window(
         self, state: dict[str, Array], images: Array, y: Array, key: Array | None = None, pixels: Array | None = None
     ) -> dict[str, Array]:
-        """Trains on a batch; with a key and pixels, on the input spikes that ours draws."""
+        """Trains on a batch; with a key and pixels, on the input spikes that slif's network draws."""
         start, _ = self.reset.run.compiled(state, [])
         start |= {self.z0.inputs.target: images, self.e2.target.target: y}
 
@@ -119,16 +118,16 @@ class Reference:
 
 
 def disagreement(ours: Any, theirs: dict[str, Array], start: Any) -> dict[str, float]:
-    """How far the two are apart, as a share of what was learned."""
-    apart = {}
+    """The difference between the two, relative to what was learned."""
+    differences = {}
     for name, weights in theirs.items():
         learned = np.asarray(weights) - np.asarray(getattr(start, name))
-        apart[name] = float(np.linalg.norm(getattr(ours, name) - weights) / np.linalg.norm(learned))
-    return apart
+        differences[name] = float(np.linalg.norm(getattr(ours, name) - weights) / np.linalg.norm(learned))
+    return differences
 
 
 def random_batch() -> tuple[np.ndarray, np.ndarray]:
-    """About as bright as MNIST, and with about as many pixels that no image uses."""
+    """Images about as bright as MNIST's, with about as many pixels that none of them uses."""
     rng = np.random.default_rng(0)
     inner = rng.random((BATCH, 24, 24), np.float32) * (rng.random((BATCH, 24, 24)) < 0.35)
     images = np.pad(inner, ((0, 0), (2, 2), (2, 2))).reshape(BATCH, N_INPUTS)
@@ -144,12 +143,10 @@ def first_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    parser: argparse.ArgumentParser = cli.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="an .npz with MNIST's keys, or a folder of its IDX files")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--repeats", type=int, default=11, help="batches of which the median is told")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="an .npz with MNIST's keys, or a folder with its IDX files")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--repeats", type=int, default=11, help="number of batches to take the median of")
     options = parser.parse_args()
     if importlib.util.find_spec("ngclearn") is None:
         parser.error("ngclearn is not installed: pip install ngclearn")
@@ -171,10 +168,10 @@ def main() -> None:
 
     learned, _ = ours(cells, start, *batch)
     expected = reference.weights(jax.jit(reference.window)(reference.state, images, y, key, pixels))
-    apart = disagreement(learned, expected, start)
-    print("apart after a batch, as a share of what was learned: ", end="")
-    print(", ".join(f"{name} {share:.1e}" for name, share in apart.items()))
-    assert max(apart.values()) < 1e-3, apart
+    differences = disagreement(learned, expected, start)
+    print("difference after a batch, relative to what was learned: ", end="")
+    print(", ".join(f"{name} {share:.1e}" for name, share in differences.items()))
+    assert max(differences.values()) < 1e-3, differences
 
     now = {"slif": start, "ngc-learn": reference.state}
 
@@ -188,15 +185,15 @@ def main() -> None:
 
     seconds = cases.median_seconds({"slif": run_ours, "ngc-learn": run_theirs}, options.repeats, budget=60)
     ratio = seconds["slif"] / seconds["ngc-learn"]
-    print(f"{'':<12}{'a batch':>10}{'compile':>10}")
+    print(f"{'':<12}{'per batch':>10}{'compile':>10}")
     for name, compile_s in (("slif", compiling), ("ngc-learn", reference_compiling)):
         print(f"{name:<12}{seconds[name]:>8.3f} s{compile_s:>8.2f} s")
-    print(f"ratio {ratio:.2f} (aim: 0.75)")
+    print(f"ratio {ratio:.2f} (target: 0.75)")
 
     if options.json:
         figures = {
-            "apart": apart,
-            "seconds_a_batch": seconds,
+            "differences": differences,
+            "seconds_per_batch": seconds,
             "ratio": ratio,
             "compile_s": {"slif": compiling, "ngc-learn": reference_compiling},
         }

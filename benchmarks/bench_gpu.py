@@ -1,17 +1,18 @@
-"""The fused kernels on an NVIDIA GPU, beside a copy, the scan and other packages, on the shapes of their own figures.
+"""The fused kernels on an NVIDIA GPU, compared with a copy, the scan and other packages, at their published shapes.
 
     python benchmarks/bench_gpu.py [--json FILE] [--tables NAME ...] [--units N ...] [--steps T ...] [--repeats R]
-    python benchmarks/bench_gpu.py --mnist mnist.npz       as well: 30 epochs of examples/bfa_snn.py
-    python benchmarks/bench_gpu.py --lower                 no GPU: lowers each program of slif for CUDA, and stops
+    python benchmarks/bench_gpu.py --mnist mnist.npz       also 30 epochs of examples/bfa_snn.py
+    python benchmarks/bench_gpu.py --lower                 without a GPU: lower each program of slif for CUDA, and stop
 
 Three tables: "kernels", the cell with a refractory period and sticky spikes, by units and steps; "neuron", the plain
 cell on [T, 64, 65536] in 16 bits and [T, 2^20] in float32; "layer", Linear(N, N) and the plain cell on [500, 16, N],
-its product in float32 throughout. Rows of SpikingJelly, spyx, jaxpike and sparx stand below, where they are installed,
-and what others published, with their cards: such a figure was not measured here.
+with its product in float32 throughout. Below each row are SpikingJelly, spyx, jaxpike and sparx, if installed, and
+published figures with the cards they were measured on; these were not measured here.
 
-Checks against the scan come first, and run on any machine; what follows needs a GPU. An update is one step of one unit.
-The bytes are those that have to move: currents in and spikes out, and for a gradient also currents and the cotangent of
-the spikes in and the gradient out; of a layer those of its cells alone. What does not fit the memory is left out.
+Checks against the scan come first, and run on any machine; the rest needs a GPU. An update is one step of one unit. The
+bytes counted are those that must move: currents in and spikes out, and for a gradient also currents and the cotangent
+of the spikes in and the gradient out; for a layer only those of its cells. Programs that do not fit in memory are
+skipped.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that PyTorch finds memory too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory for PyTorch
 
 import cases
 import jax
@@ -43,8 +44,8 @@ import slif
 DTYPES = (("float32", "float32"), ("float32", "bool"), ("bfloat16", "float32"), ("bfloat16", "bool"))
 STICKY = {"refract_time": 2.0, "sticky_spikes": True}
 TABLES = ("kernels", "neuron", "layer")
-KERNELS = {"forward": 1, "secant": 1, "voltage": 2}  # in a program
-BACKENDS = ("triton", "cuda", "cupy")  # of SpikingJelly: 2.0 has the first two, earlier ones the first and the last
+KERNELS = {"forward": 1, "secant": 1, "voltage": 2}  # per program
+BACKENDS = ("triton", "cuda", "cupy")  # of SpikingJelly: 2.0 has the first two, earlier versions the first and the last
 HALF_STEPS, HALF_SHAPE = tuple(range(4, 33, 4)), (64, 65536)
 FULL_STEPS, FULL_SHAPE = (8, 16, 32, 64, 128), (2**20,)
 LAYER_STEPS, LAYER_BATCH, LAYER_WIDTHS = 500, 16, (4096, 16384)
@@ -79,7 +80,7 @@ for who, pairs in LAYERS.items():
 
 
 class Program(NamedTuple):
-    """A line of a table: what slif runs, and the shapes of its arguments."""
+    """A row of a table: what slif runs, and the shapes of its arguments."""
 
     table: str
     kind: str  # "forward", or the surrogate that the gradient goes through
@@ -87,7 +88,7 @@ class Program(NamedTuple):
     dtypes: tuple[str, str]  # of currents and spikes
 
     def function(self, implementation: Literal["xla", "pallas"]) -> Callable:
-        """Of the currents, or a layer's matrix and input, and for a gradient a cotangent of the spikes."""
+        """A function of the currents, or a layer's matrix and input; for a gradient also a cotangent of the spikes."""
         surrogate = slif.secant() if self.kind == "secant" else slif.arctan()
         mechanism = STICKY if self.table == "kernels" else {}
         params = cases.make_params(self.shape[-1], surrogate=surrogate, **mechanism)
@@ -103,7 +104,7 @@ class Program(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of arguments and results, which are as large."""
+        """Bytes of the arguments and of the results, which are as large."""
         return 2 * sum(math.prod(x.shape) * x.dtype.itemsize for x in self.arguments)
 
 
@@ -117,7 +118,7 @@ def of_layer(spikes: Callable) -> Callable:
 
 
 def with_gradient(function: Callable, training: bool) -> Callable:
-    """The function, or one of its arguments and a cotangent that gives the gradient of the first one too."""
+    """The function itself, or one that also takes a cotangent and also returns the gradient of the first argument."""
     if not training:
         return function
 
@@ -153,7 +154,7 @@ def programs(tables: list[str], units: list[int], steps: list[int]) -> Iterator[
 
 
 def lower(chosen: list[Program]) -> None:
-    """Lowers each for CUDA, with kernels and as a scan; fails where another number of kernels comes out."""
+    """Lowers each program for CUDA, with kernels and as a scan; fails if the number of kernels is not as expected."""
     for program in chosen:
         for which in ("pallas", "xla"):
             expected = KERNELS[program.kind] if which == "pallas" else 0
@@ -165,7 +166,7 @@ def lower(chosen: list[Program]) -> None:
 
 
 def check(n_units: int = 1000, n_steps: int = 50) -> None:
-    """Spikes and gradients of the kernels are those of the scan, up to ties within a rounding."""
+    """Spikes and gradients of the kernels equal the scan's, up to ties within a rounding."""
     x = jnp.asarray(cases.make_currents((n_steps, n_units)))
     for surrogate in (slif.secant(), slif.arctan()):
         params = cases.make_params(n_units, surrogate=surrogate, thr_gain=0.01, **STICKY)
@@ -178,7 +179,7 @@ def check(n_units: int = 1000, n_steps: int = 50) -> None:
 
 
 def check_peer(name: str, spikes: Callable[[np.ndarray], Any]) -> None:
-    """Its spikes are those of the scan, at a small shape, where its equations are."""
+    """If a peer has the same equations, its spikes agree with the scan's at a small shape."""
     x = cases.make_currents((50, 4, 1000))
     expected = raster("xla", jnp.float32, cases.make_params(1000), jnp.asarray(x))
     same = np.mean(np.asarray(spikes(x)) == np.asarray(expected))
@@ -187,7 +188,7 @@ def check_peer(name: str, spikes: Callable[[np.ndarray], Any]) -> None:
 
 
 def random_arguments(program: Program) -> list[jax.Array]:
-    """Currents, or inputs, up to 2; a matrix that keeps them there; a cotangent."""
+    """Currents, or inputs, up to 2; a matrix that keeps the currents in that range; a cotangent."""
     keys = jax.random.split(jax.random.key(0), len(program.arguments))
     scale = {True: 2 / program.shape[-1], False: 2.0}
     return [
@@ -197,7 +198,7 @@ def random_arguments(program: Program) -> list[jax.Array]:
 
 
 def row(program: Program, bandwidth: float, repeats: int) -> dict[str, Any]:
-    """One line of a table; `bandwidth` is that of a copy, in bytes a second."""
+    """One row of a table; `bandwidth` is that of a copy, in bytes per second."""
     arguments, runs, compiling = random_arguments(program), {}, {}
     for which in ("pallas", "xla"):
         compiled, compiling[which] = cases.compile_seconds(program.function(which), *arguments)
@@ -209,7 +210,7 @@ def row(program: Program, bandwidth: float, repeats: int) -> dict[str, Any]:
     return {
         **program._asdict(),
         "ms": 1e3 * seconds["pallas"],
-        "us_a_step": 1e6 * seconds["pallas"] / program.shape[0],
+        "us_per_step": 1e6 * seconds["pallas"] / program.shape[0],
         "G_updates_s": updates / 1e9,
         "GB_s": updates * moved / 1e9,
         "of_copy": updates * moved / bandwidth,
@@ -219,16 +220,16 @@ def row(program: Program, bandwidth: float, repeats: int) -> dict[str, Any]:
 
 
 def copy_bandwidth(repeats: int, size: int = 2**28) -> float:
-    """Bytes a second, read and written, of the fastest there is: one elementwise pass over 1 GiB."""
+    """Bytes per second, read and written, by the fastest possible program: one elementwise pass over 1 GiB."""
     x = jnp.ones(size, jnp.float32)
     compiled, _ = cases.compile_seconds(lambda x: x + 1, x)
     return 8 * size / cases.median_seconds({"copy": functools.partial(compiled, x)}, repeats)["copy"]
 
 
 def spikingjelly(backend: str, program: Program) -> Callable:
-    """A run of its multi-step LIF node with that backend, or, given currents, its spikes; no refractory period.
+    """Runs its multi-step LIF node with that backend, without a refractory period; returns spikes if given currents.
 
-    For a process of its own: from 2.0 on the variable is read once, and until then the argument is what counts.
+    Call it in a new process: from 2.0 on the variable is read only once; earlier versions use the argument instead.
     """
     os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = backend
     torch = importlib.import_module("torch")
@@ -278,7 +279,7 @@ def spikingjelly_seconds(backend: str, program: Program, repeats: int) -> float:
 
 def jax_seconds(name: str, program: Program, repeats: int) -> float:
     def spikes_of(n_units: int) -> Callable:
-        # Of steps to a turn of its loop jaxpike has 8 by default, for GPUs.
+        # jaxpike's default of 8 steps per iteration of its loop is for GPUs.
         run = peers.jaxpike_run(n_units, None) if name == "jaxpike" else peers.JAX[name](n_units)
         return lambda x: run(x)[0]
 
@@ -286,14 +287,14 @@ def jax_seconds(name: str, program: Program, repeats: int) -> float:
     spikes = spikes_of(program.shape[-1])
     function = with_gradient(of_layer(spikes) if program.table == "layer" else spikes, program.kind != "forward")
     arguments = random_arguments(program)
-    if program.table != "layer" and len(program.shape) == 2:  # these take a batch
+    if program.table != "layer" and len(program.shape) == 2:  # these packages need a batch axis
         arguments = [x[:, None] for x in arguments]
     compiled, _ = cases.compile_seconds(function, *arguments)
     return cases.median_seconds({"run": functools.partial(compiled, *arguments)}, repeats, budget=5.0)["run"]
 
 
 def others(program: Program, names: list[str], repeats: int) -> dict[str, float | str]:
-    """Seconds of each, or why there are none."""
+    """Seconds of each, or the reason why there are none."""
     found = {}
     for name in names:
         if name == "spikingjelly":
@@ -309,13 +310,13 @@ def others(program: Program, names: list[str], repeats: int) -> dict[str, float 
 def attempt(run: Callable[[], float]) -> float | str:
     try:
         return run()
-    except Exception as error:  # a peer that fails is a line of the table, not the end of it
+    except Exception as error:  # a peer that fails must not end the table
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[-1][:100]}"
 
 
 def mnist(data: str, epochs: int = 30) -> float:
-    """Seconds of examples/bfa_snn.py as it stands, from start to end."""
+    """Seconds of examples/bfa_snn.py, from start to end."""
     script = Path(__file__).parents[1] / "examples" / "bfa_snn.py"
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
@@ -330,7 +331,7 @@ def title(program: Program) -> str:
 
 def print_row(r: dict[str, Any]) -> None:
     print(
-        f"{title(Program(*(r[name] for name in Program._fields)))}{r['ms']:>9.3f}{r['us_a_step']:>9.2f}"
+        f"{title(Program(*(r[name] for name in Program._fields)))}{r['ms']:>9.3f}{r['us_per_step']:>9.2f}"
         f"{r['G_updates_s']:>9.1f}{r['GB_s']:>7.0f}{r['of_copy']:>9.2f}{r['over_scan']:>11.1f}{r['compile_s']:>8.1f}s",
         flush=True,
     )
@@ -342,32 +343,32 @@ def run(chosen: list[Program], names: list[str], repeats: int, memory: int, band
     print(f"{'':<55}{head}")
     for program in chosen:
         if program.size > 0.8 * memory:
-            print(f"{title(program)}  left out: too large for this GPU")
+            print(f"{title(program)}  skipped: too large for this GPU")
             continue
         r = row(program, bandwidth, repeats)
         print_row(r)
         float32 = program.dtypes == DTYPES[0] and program.kind != "secant"
-        beside = others(program, names, repeats) if program.table != "kernels" or float32 else {}
-        for name, seconds in beside.items():
-            told = f"{1e3 * seconds:.3f} ms, {1e3 * seconds / r['ms']:.1f} x" if isinstance(seconds, float) else seconds
-            print(f"{'':<18}{name}: {told}", flush=True)
+        compared = others(program, names, repeats) if program.table != "kernels" or float32 else {}
+        for name, seconds in compared.items():
+            text = f"{1e3 * seconds:.3f} ms, {1e3 * seconds / r['ms']:.1f} x" if isinstance(seconds, float) else seconds
+            print(f"{'':<18}{name}: {text}", flush=True)
         published = PUBLISHED.get((program.kind, program.shape), []) if program.dtypes[0] != "bfloat16" else []
         for line in published:
             print(f"{'':<18}published, {line}")
-        rows.append(r | {"others": beside, "published": published})
+        rows.append(r | {"others": compared, "published": published})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--units", type=int, nargs="+", default=[2**14, 2**18, 2**20, 2**22], help="of kernels")
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help="of kernels")
-    parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
+    parser.add_argument("--units", type=int, nargs="+", default=[2**14, 2**18, 2**20, 2**22], help='for "kernels"')
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000], help='for "kernels"')
+    parser.add_argument("--repeats", type=int, default=9, help="number of repeats to take the median of")
     everyone = ["spikingjelly", *peers.JAX]
-    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
-    parser.add_argument("--mnist", metavar="FILE", help="run 30 epochs of examples/bfa_snn.py on this too")
+    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="other packages to compare with")
+    parser.add_argument("--mnist", metavar="FILE", help="also run 30 epochs of examples/bfa_snn.py on this file")
     parser.add_argument("--lower", action="store_true", help="lower the programs for CUDA, on any machine, and stop")
     options = parser.parse_args()
     chosen = list(programs(options.tables, options.units, options.steps))
@@ -375,7 +376,7 @@ def main() -> None:
         return lower(chosen)
 
     check()
-    print("The kernels' spikes and gradients are the scan's.")
+    print("The kernels' spikes and gradients agree with the scan's.")
     device = jax.devices()[0]
     if device.platform != "gpu":
         sys.exit(

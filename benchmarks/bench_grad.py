@@ -1,12 +1,12 @@
-"""Forward and forward + backward of one layer of cells: slif, a plain scan, and other packages that are installed.
+"""Forward and forward + backward of one layer of cells: slif, a plain scan, and any other packages installed.
 
     python benchmarks/bench_grad.py [--json FILE] [--repeats R] [--shapes S] [--peers NAME ...]
 
-Forward returns the raster; forward + backward that and the gradient of the currents [T, B, N] for a given cotangent of
-the raster. slif, the plain scan and other packages of JAX are also compiled to return the final state beside these (of
-the plain scan, its voltage); ratios are within rows that return the same. What the packages run is told in peers.py;
-those of PyTorch have a process of their own. Two further tables show what the secant's gradient costs over the forward
-pass, and the memory that `checkpoint_every` saves.
+Forward returns the raster; forward + backward returns the raster and the gradient of the currents [T, B, N] for a given
+cotangent of the raster. slif, the plain scan and other JAX packages are also compiled to return the final state (for
+the plain scan, its voltage); ratios compare rows that return the same. peers.py describes what the packages run;
+PyTorch packages each have a separate process. Two further tables show what the secant's gradient costs in addition to
+the forward pass, and the memory that `checkpoint_every` saves.
 """
 
 import argparse
@@ -71,7 +71,7 @@ RUNS: dict[str, dict[str, Callable]] = {
 def check(
     results: dict[tuple[str, str], tuple], params: slif.SLIFParams, currents: np.ndarray, bar: np.ndarray
 ) -> None:
-    """Rasters of the same equations are the same up to ties; gradients are the closed form and the plain scan's."""
+    """Rasters of the same equations agree up to ties; gradients agree with the closed form and the plain scan's."""
     i = currents * np.asarray(params.resist_m)
     expected_s, expected = (np.asarray(array) for array in results["slif voltage", cases.SPIKES])
     state = slif.init_state(params, currents.shape[1])
@@ -86,8 +86,8 @@ def check(
         if name == "slif secant":
             np.testing.assert_allclose(gradient, bar * (i > 0) / np.cosh(0.08 * i), rtol=1e-5)
         if name in ("slif voltage", "textbook scan", *peers.SAME_SPIKES):
-            wanted = through if name in peers.THROUGH_RESET else expected
-            close = np.isclose(np.asarray(gradient), wanted, rtol=1e-3, atol=1e-5).mean()
+            reference = through if name in peers.THROUGH_RESET else expected
+            close = np.isclose(np.asarray(gradient), reference, rtol=1e-3, atol=1e-5).mean()
             assert close > 0.99, f"{name}, {returns}: only {close:.4%} of the gradient agrees"
     voltage = results["textbook scan", cases.BOTH][2]
     for name in SURROGATES:
@@ -96,7 +96,7 @@ def check(
 
 
 def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list[dict[str, Any]]:
-    """A row for each implementation and, but for those of PyTorch, for each of what they return, at this shape."""
+    """A row for each implementation and, except for PyTorch packages, for each kind of return, at this shape."""
     currents, bar = cases.make_currents(shape), cases.make_bar(shape)
     x, x_bar = jnp.asarray(currents), jnp.asarray(bar)
     forwards, boths, compiling = {}, {}, {}
@@ -142,7 +142,7 @@ def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list
 
 
 def secant_cost(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """Raster and gradient, against the raster alone and one elementwise pass delta * h(currents)."""
+    """Raster and gradient, compared with the raster alone and one elementwise pass delta * h(currents)."""
     params = cases.make_params(shape[-1])
     state = slif.init_state(params, shape[1])
     x, bar = jnp.asarray(cases.make_currents(shape)), jnp.asarray(cases.make_currents(shape, seed=1))
@@ -163,7 +163,7 @@ def secant_cost(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
 
 
 def memory(every: int | None, shape: tuple[int, int, int] = (1000, 16, 1000)) -> int:
-    """Bytes of temporary memory of raster and gradient under the voltage surrogate."""
+    """Bytes of temporary memory for raster and gradient with the voltage surrogate."""
     params = cases.make_params(shape[-1], surrogate=SURROGATES["slif voltage"])
     state = slif.init_state(params, shape[1])
 
@@ -178,11 +178,11 @@ def memory(every: int | None, shape: tuple[int, int, int] = (1000, 16, 1000)) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--repeats", type=int, default=9, help="number of repeats to take the median of")
     parser.add_argument("--shapes", type=int, default=len(cases.SHAPES), help="how many of the shapes to run")
     everyone = [*peers.JAX, *peers.TORCH]
-    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
+    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="other packages to compare with")
     options = parser.parse_args()
     shapes = cases.SHAPES[: options.shapes]
 
@@ -201,7 +201,7 @@ def main() -> None:
             )
             rows.append(row)
 
-    print("\nThe secant's gradient, in elementwise passes delta * h(currents) over the forward pass (aim: 1.3)")
+    print("\nThe secant's gradient, in elementwise passes delta * h(currents) beyond the forward pass (target: 1.3)")
     costs = [secant_cost(shape, 3 * options.repeats) for shape in shapes]
     for row in costs:
         print(
@@ -209,10 +209,10 @@ def main() -> None:
             f"both {row['both_ms']:.2f} ms: {row['passes']:.2f} passes"
         )
 
-    print("\nTemporary memory of the voltage gradient at (1000, 16, 1000), by checkpoint_every (aim: a fifth)")
+    print("\nTemporary memory of the voltage gradient at (1000, 16, 1000), by checkpoint_every (target: a fifth)")
     kept = {every: memory(every) for every in (None, 8, 20, 25, 40, 50, 100)}
     for every, size in kept.items():
-        print(f"{every or 'none':>6}{size / 1e6:>9.1f} MB{kept[None] / size:>7.1f} times less")
+        print(f"{every or 'none':>6}{size / 1e6:>9.1f} MB{kept[None] / size:>7.1f} times smaller")
 
     if options.json:
         sizes = [{"checkpoint_every": every, "bytes": size} for every, size in kept.items()]

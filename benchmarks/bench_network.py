@@ -1,25 +1,25 @@
-"""Whole layers and networks: time and memory of forward and of forward + backward, beside other packages.
+"""Layers and networks: time and memory of forward and forward + backward, compared with other packages.
 
     python benchmarks/bench_network.py [--json FILE] [--repeats R] [--shapes S ...] [--peers NAME ...] [--quick]
 
 Three kinds of network, all without biases and with the same matrices for every entry:
 
-    layers       x [T, B, D], uniform in [0, 1), to the spikes of the last of some Linear + LIF
+    layers       x [T, B, D], uniform in [0, 1), to the spikes of the last of one or more Linear + LIF layers
     recurrent    currents [T, B, N] to the spikes of a layer that feeds s @ W back to itself
-    speech       the shape of examples/train_speech.py, Linear, recurrent LIF, Linear, leaky integrators, to the
-                 cross-entropy of the mean potentials
+    speech       like examples/train_speech.py: Linear, recurrent LIF, Linear, leaky integrators, to the cross-entropy
+                 of the mean potentials
 
-Forward + backward also gives the gradient of every matrix, and of a recurrent layer's currents, for a given cotangent
-where the output is spikes. Without recurrence each entry takes the products of all steps at once and then runs its
-cells over time; what the cells are is told in peers.py. "slif" trains with `arctan()`, as the others do, "slif secant"
-with its default, "slif, masks" on sequences of different lengths. "slif.step in a scan" and "plain scan" are loops that
-a user may write. "products alone" is the network without cells, the floor for any package on that side. The networks
-with recurrence leave out sparx.
+Forward + backward also returns the gradient of every matrix, and of a recurrent layer's currents, for a given cotangent
+where the output is spikes. Without recurrence each entry computes the products of all steps at once and then runs its
+cells over time; peers.py describes the cells. "slif" trains with `arctan()`, as the others do, "slif secant" with its
+default, "slif, masks" on sequences of different lengths. "slif.step in a scan" and "plain scan" are loops that a user
+might write. "products alone" is the network without cells, the minimum for any JAX or PyTorch package. sparx is left
+out of the recurrent networks.
 
-Every entry has a process of its own. They run in turn, repeat after repeat, and the median is told. "MB" is by how much
-the resident set of the process grew at most during a run, its results included and its inputs not; "-" where the system
-does not tell. "temp" is the temporary memory of the compiled program of forward + backward, and "compile" the time that
-took, where it is JAX's. Spikes and gradients are compared first.
+Every entry has a separate process. They take turns in each repeat, and the table has medians. "MB" is the most by which
+the resident set of the process grew during a run, including results but not inputs; "-" where the system does not
+report it. For JAX, "temp" is the temporary memory of the compiled program for forward + backward, and "compile" the
+time to compile it. Spikes and gradients are compared first.
 """
 
 import argparse
@@ -45,7 +45,7 @@ import slif.linen
 class Shape(NamedTuple):
     n_steps: int
     batch: int
-    widths: tuple[int, ...]  # the input's first
+    widths: tuple[int, ...]  # starting with the input's
     kind: str = "layers"
 
     def __str__(self) -> str:
@@ -90,10 +90,10 @@ def make_input(shape: Shape) -> np.ndarray:
 
 
 def make_matrices(shape: Shape) -> list[np.ndarray]:
-    """Drawn so that in each layer a unit fires about once in ten steps; a recurrent one comes first."""
+    """Drawn so that a unit in each layer fires about once in ten steps; a recurrent matrix comes first."""
     rng, matrices = np.random.default_rng(1), []
     for before, after in itertools.pairwise(shape.widths):
-        mean = (2 if not matrices else 10) / before  # of the input half is on, of spikes a tenth
+        mean = (2 if not matrices else 10) / before  # half of the input is on, a tenth of the spikes
         matrices.append((mean + rng.standard_normal((before, after), np.float32) / before**0.5).astype(np.float32))
     if shape.kind == "layers":
         return matrices
@@ -102,7 +102,7 @@ def make_matrices(shape: Shape) -> list[np.ndarray]:
 
 
 def make_bar(shape: Shape) -> np.ndarray:
-    """A cotangent of the spikes, or of the loss."""
+    """A cotangent for the spikes, or for the loss."""
     return np.ones((), np.float32) if shape.kind == "speech" else cases.make_bar((*shape[:2], shape.widths[-1]))
 
 
@@ -111,13 +111,13 @@ def make_labels(shape: Shape) -> np.ndarray:
 
 
 def make_masks(shape: Shape) -> np.ndarray:
-    """Lengths of 7 to 29 frames of 29, as those of the recordings."""
+    """Lengths of 7 to 29 of 29 frames, like the recordings."""
     lengths = np.random.default_rng(3).integers(7, 30, size=shape.batch) * shape.n_steps // 29
     return np.arange(shape.n_steps)[:, None] < lengths
 
 
 def make_network(name: str, shape: Shape) -> Callable:
-    """A function of "forward" or "both", which runs the network and gives the raster, or that and the gradients."""
+    """A function of "forward" or "both" that runs the network: returns its output, with "both" also the gradients."""
     if name in peers.TORCH or FLOORS.get(name) == "torch":
         return torch_network(name, shape)
     return jax_network(name, shape)
@@ -267,7 +267,7 @@ def check(networks: dict[str, Apart]) -> None:
     expected = networks["slif"].result("both")
     for name, network in networks.items():
         out, gradients = network.result("both")
-        assert np.allclose(out, network.result("forward"), rtol=1e-5), f"{name}: forward gives something else"
+        assert np.allclose(out, network.result("forward"), rtol=1e-5), f"{name}: forward returns something else"
         if name not in (*SURROGATES, *LOOPS, *peers.SAME_SPIKES):
             continue
         same = np.isclose(out, expected[0], rtol=1e-3).mean()
@@ -275,7 +275,7 @@ def check(networks: dict[str, Apart]) -> None:
         if name not in ("slif secant", *peers.THROUGH_RESET):
             for own, other in zip(gradients, expected[1], strict=True):
                 cosine = np.vdot(own, other) / np.linalg.norm(own) / np.linalg.norm(other)
-                assert cosine > 0.98, f"{name}: the gradient is another one, with a cosine of {cosine:.4f}"
+                assert cosine > 0.98, f"{name}: the gradient differs, with a cosine of {cosine:.4f}"
 
 
 def compare(shape: Shape, repeats: int, names: list[str]) -> list[dict[str, Any]]:
@@ -304,18 +304,18 @@ def compare(shape: Shape, repeats: int, names: list[str]) -> list[dict[str, Any]
     return list(rows.values())
 
 
-def told(number: float | None, digits: int = 0) -> str:
+def as_text(number: float | None, digits: int = 0) -> str:
     return "-" if number is None else f"{number:.{digits}f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of which the median is told")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="number of repeats to take the median of")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     everyone = [*peers.JAX, *peers.TORCH]
-    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that all of it runs")
+    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="other packages to compare with")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to check that everything runs")
     options = parser.parse_args()
     shapes = list(QUICK.values()) if options.quick else [SHAPES[name] for name in options.shapes]
 
@@ -328,8 +328,8 @@ def main() -> None:
             print(f"{f'{shape.n_steps}, {shape.batch}':<10}{shape!s:<19}{row['name']:<25}", end="")
             for kind, room in zip(KINDS, (10, 11), strict=True):
                 print(f"{row[f'{kind}_ms']:>{room}.1f} ms{row[f'{kind}_times_slif']:>8.2f}", end="")
-                print(f"{told(row[f'{kind}_MB']):>8}", end="")
-            print(f"{told(row['temporary_MB']):>8}{told(row['compile_s'], 1):>7} s", flush=True)
+                print(f"{as_text(row[f'{kind}_MB']):>8}", end="")
+            print(f"{as_text(row['temporary_MB']):>8}{as_text(row['compile_s'], 1):>7} s", flush=True)
             rows.append(row)
     if options.json:
         with open(options.json, "w") as file:

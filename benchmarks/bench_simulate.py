@@ -1,19 +1,20 @@
-"""`simulate` on a CPU, for every mechanism, beside a plain scan and other packages.
+"""`simulate` on a CPU with every mechanism, compared with a plain scan and other packages.
 
     python benchmarks/bench_simulate.py [--json FILE] [--png FILE] [--repeats R] [--shapes T,B,N ...] [--peers NAME ...]
     python benchmarks/bench_simulate.py --growth [--json FILE] [--png FILE] [--repeats R]
 
 Each row runs T steps of B x N units; an update is one step of one unit. slif and the plain scan are compiled twice: to
-return the spikes alone, as is usual in training, where XLA drops from the loop what only the final state needs, and to
-return the spikes and the final state; "slif, v alone" returns of that state the voltage, as the other packages do, and
-the rest falls away as well. "x slif" and "x bool" are against slif returning the same. The plain scan is the
-cell's equations line by line with its whole state as the carry. It and slif must agree before a clock runs.
-Other packages run their nearest cell (see peers.py), which for all but ngc-learn has no refractory period, and are set
-against the first two mechanisms. Those of JAX are compiled for either case, those of PyTorch are the same in both and
-have a process of their own. "of copy" is the share of the bandwidth of one elementwise pass over the currents that the
-spikes and currents of a run make up.
+return only the spikes, as is usual in training, where XLA drops from the loop what only the final state needs, and to
+return the spikes and the final state. "slif, v alone" returns only the voltage of that state, as the other packages do,
+so XLA drops the rest too. "x slif" and "x bool" are times relative to slif returning the same. The plain scan is the
+cell's equations line by line with its whole state as the carry. It and slif must agree before anything is timed.
 
-`--growth` times it, final state included, against T, B and N over three decades each.
+Other packages run their closest cell (see peers.py), which has no refractory period except in ngc-learn, and are
+compared with the first two mechanisms. JAX packages are compiled for both cases; PyTorch packages are the same in both,
+and run in separate processes. "of copy" is the bandwidth of a run's currents and spikes, relative to that of one
+elementwise pass over the currents.
+
+`--growth` times `simulate`, including the final state, against T, B and N, over three decades each.
 """
 
 import argparse
@@ -41,7 +42,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "inhibition": {"resist_inh": 0.001},
 }
 COMPARED = ("plain", "refractory")  # with other packages
-LARGEST_MATRIX = 1024  # units; beyond, the matrix of inhibition is all that is timed
+LARGEST_MATRIX = 1024  # units; beyond it, only the matrix of inhibition would be timed
 FIELDS = ("j", "v", "s", "thr", "rfr", "tols", "surrogate")
 OWN_COLOURS = {"slif": "#08519c", "slif, bool": "#4292c6", "slif, v alone": "#9ecae1", "plain scan": "#7f7f7f"}
 RETURNS = (cases.SPIKES, cases.BOTH)
@@ -59,7 +60,7 @@ def voltage_alone(*inputs: Any) -> tuple:
 
 
 def plain_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array, dt: jax.Array) -> tuple:
-    """The equations as they stand, each present mechanism of them; of a literal dt of 1 XLA would drop the product."""
+    """The equations of the mechanisms present; dt is an argument, since XLA would drop a product with a literal 1."""
     p = params
 
     def body(carry, x):
@@ -103,7 +104,7 @@ OWN: dict[str, Callable] = {
 
 
 def check(runs: Runs, mechanism: str) -> None:
-    """slif's spikes are the plain scan's, and its state to rounding; other packages' spikes up to ties."""
+    """slif's spikes equal the plain scan's, and its state to rounding; other packages' spikes up to ties."""
     state, s = runs["plain scan", cases.BOTH]()
     expected = np.asarray(s)
     for (name, returns), run in runs.items():
@@ -121,12 +122,12 @@ def check(runs: Runs, mechanism: str) -> None:
 
 
 def compile_own(inputs: tuple) -> tuple[Runs, dict[tuple[str, str], float]]:
-    """slif and the plain scan, for either that they return, and the seconds that compiling took."""
+    """slif and the plain scan, for both kinds of return, and the seconds that compiling took."""
     runs, compiling = {}, {}
     for name, function in OWN.items():
         for returns in RETURNS:
-            wanted = function if returns == cases.BOTH else spikes_alone(function)
-            compiled, compiling[name, returns] = cases.compile_seconds(wanted, *inputs)
+            returned = function if returns == cases.BOTH else spikes_alone(function)
+            compiled, compiling[name, returns] = cases.compile_seconds(returned, *inputs)
             runs[name, returns] = functools.partial(compiled, *inputs)
     return runs, compiling
 
@@ -147,7 +148,7 @@ def peer_runs(currents: np.ndarray, arguments: dict[str, Any], names: list[str])
 
 
 def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: list[str]) -> list[dict[str, Any]]:
-    """A row for each implementation and each of what it returns, at this shape."""
+    """A row for each implementation and each kind of return, at this shape."""
     arguments = MECHANISMS[mechanism]
     names = names if mechanism in COMPARED else []
     currents = cases.make_currents(shape)
@@ -176,10 +177,10 @@ def compare(shape: tuple[int, int, int], mechanism: str, repeats: int, names: li
                     "name": name,
                     "ms": 1e3 * taken,
                     "G_updates_s": size / taken / 1e9,
-                    "bytes_an_update": moved,
+                    "bytes_per_update": moved,
                     "of_copy": size * moved / taken / bandwidth,
-                    "slif_is_faster": taken / seconds["slif", returns],
-                    "bool_is_faster": taken / seconds["slif, bool", returns],
+                    "times_slif": taken / seconds["slif", returns],
+                    "times_bool": taken / seconds["slif, bool", returns],
                     "compile_s": compiling.get((name, returns)),
                 }
             )
@@ -190,14 +191,14 @@ def print_row(row: dict[str, Any]) -> None:
     own = row["compile_s"] is not None
     print(
         f"{', '.join(map(str, row['shape'])):<17}{row['mechanism']:<12}{row['returns']:<16}{row['name']:<15}"
-        f"{row['ms']:>9.2f}{row['G_updates_s']:>9.3f}{row['bytes_an_update']:>7}{row['of_copy']:>9.2f}"
-        f"{row['slif_is_faster']:>9.2f}{row['bool_is_faster']:>8.2f}" + (f"{row['compile_s']:>10.2f}" if own else ""),
+        f"{row['ms']:>9.2f}{row['G_updates_s']:>9.3f}{row['bytes_per_update']:>7}{row['of_copy']:>9.2f}"
+        f"{row['times_slif']:>9.2f}{row['times_bool']:>8.2f}" + (f"{row['compile_s']:>10.2f}" if own else ""),
         flush=True,
     )
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """Updates a second of the refractory cell: a row for each of what is returned, a column for each shape."""
+    """Updates per second of the refractory cell: a row for each kind of return, a column for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,9 +207,11 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     rows = [row for row in rows if row["mechanism"] == "refractory"]
     names = list(dict.fromkeys(row["name"] for row in rows))
     of_shape = {row["shape"]: [other["name"] for other in rows if other["shape"] == row["shape"]] for row in rows}
-    shapes = [shape for shape in of_shape if set(of_shape[shape]) == set(names)]  # beside all the others
+    shapes = [shape for shape in of_shape if set(of_shape[shape]) == set(names)]  # those that every entry ran
     size = (2 + 3 * len(shapes), 1 + 0.5 * len(names))
-    figure, panels = plt.subplots(2, len(shapes), figsize=size, layout="constrained", sharex=True, sharey=True)
+    figure, panels = plt.subplots(
+        2, len(shapes), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
     for panel, (returns, shape) in zip(panels.flat, itertools.product(RETURNS, shapes), strict=True):
         own = [row for row in rows if (row["returns"], row["shape"]) == (returns, shape)]
         titles = [peers.TITLES.get(row["name"], row["name"]) for row in own]
@@ -221,18 +224,18 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     panels.flat[0].set_xlim(low, 2.5 * high)  # room for the labels
     panels.flat[0].invert_yaxis()
     for panel in panels[-1]:
-        panel.set_xlabel("10^9 updates a second (log)")
-    figure.suptitle("Blue, grey and ngc-learn with a refractory period, the others have none", fontsize=9)
+        panel.set_xlabel("10^9 updates per second (log)")
+    figure.suptitle("Blue, grey and ngc-learn have a refractory period, the others do not", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def colour(name: str) -> str:
-    """Ours in blue, others of JAX in orange, of PyTorch in purple."""
+    """slif in blue, other JAX packages in orange, PyTorch packages in purple."""
     return OWN_COLOURS.get(name, "#7a5195" if name in peers.TORCH else "#d9730d")
 
 
 def growth(repeats: int, path: str | None) -> list[dict[str, Any]]:
-    """Seconds against T, B and N, the line through them, and where the fixed part of it is half of the time."""
+    """Seconds against T, B and N, a linear fit, and where its constant part is half of the time."""
     decades = [10, 30, 100, 300, 1000, 3000, 10_000]
     axes = {
         "T": [(n, 1, 1000) for n in decades],
@@ -249,17 +252,17 @@ def growth(repeats: int, path: str | None) -> list[dict[str, Any]]:
             compiled, _ = cases.compile_seconds(functools.partial(slif_run, jnp.float32), *inputs)
             run = functools.partial(compiled, *inputs)
             seconds.append(cases.median_seconds({"run": run}, 3 * repeats, budget=2.0)["run"])
-        # Relative errors count alike over the decades; a fixed part below zero has no meaning.
+        # Relative errors have equal weight in all decades; a negative constant part has no meaning.
         slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))
         fixed = max(fixed, 0.0)
         steep = np.log(seconds[-1] / seconds[-3]) / np.log(sizes[-1] / sizes[-3])
-        print(f"\n{letter:>8}{'ms':>10}{'ns an update':>14}   (T, B, N)")
+        print(f"\n{letter:>8}{'ms':>10}{'ns per update':>14}   (T, B, N)")
         for shape, size, second in zip(shapes, sizes, seconds, strict=True):
             each = 1e9 * second / np.prod(shape)
             print(f"{size:>8}{1e3 * second:>10.3f}{each:>14.3f}   {shape}")
             rows.append({"over": letter, "shape": shape, "size": size, "ms": 1e3 * second})
         print(
-            f"Over the last decade time grows as {letter}^{steep:.2f}; {1e3 * fixed:.3f} ms are fixed, "
+            f"Over the last decade time grows as {letter}^{steep:.2f}; {1e3 * fixed:.3f} ms are constant, "
             f"which is half of the time at {letter} = {fixed / slope:.0f}."
         )
     if path:
@@ -294,13 +297,13 @@ def shape_of(text: str) -> tuple[int, int, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growth", action="store_true", help="time against T, B and N instead")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--png", metavar="FILE", help="draw them there")
-    parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
+    parser.add_argument("--growth", action="store_true", help="time it against T, B and N instead")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--png", metavar="FILE", help="plot them to this file")
+    parser.add_argument("--repeats", type=int, default=9, help="number of repeats to take the median of")
     parser.add_argument("--shapes", type=shape_of, nargs="+", default=list(SHAPES), metavar="T,B,N")
     everyone = ["ngclearn", *peers.JAX, *peers.TORCH]
-    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="packages to run beside")
+    parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="other packages to compare with")
     options = parser.parse_args(arguments)
 
     if options.growth:
@@ -311,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{'bytes':>7}{'of copy':>9}{'x slif':>9}{'x bool':>8}{'compile s':>10}")
         rows = []
         for shape in options.shapes:
-            large = np.prod(shape) > 10**8  # of 800 MB and more: the two mechanisms that are compared, and no peers
+            large = np.prod(shape) > 10**8  # 800 MB and more: only the two compared mechanisms, and no peers
             for mechanism in COMPARED if large else MECHANISMS:
                 if mechanism == "inhibition" and shape[-1] > LARGEST_MATRIX:
                     continue

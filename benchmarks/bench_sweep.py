@@ -1,14 +1,14 @@
-"""Many settings of a 100-unit cell over 500 steps: a sweep beside loops of separate runs, and its memory.
+"""Many settings of a 100-unit cell over 500 steps: a sweep compared with loops of separate runs, and its memory.
 
     python benchmarks/bench_sweep.py [--json FILE] [--points P ...] [--repeats R] [--batch-size K]
 
-Each point has its own tau_m and thr and counts its spikes, as a study of firing rates would: rasters of 10,000 points
-would take 2 GB. The loops are timed over a few points and told a point:
+Each point has its own tau_m and thr and counts its spikes, as a study of firing rates would; rasters of 10,000 points
+would take 2 GB. The loops are timed over a few points, and their times are per point:
 
-    simulate     a Python loop over `simulate`, as it stands
-    jitted       the same, with all that a point takes in one compiled function
-    ngclearn     its own step under one jitted scan, where installed; the best case, since it is compiled once
-    compiled     ngc-learn as a loop over settings has it: they are constants of its cell, so that each compiles anew
+    simulate     a Python loop over `simulate`, outside jit
+    jitted       the same, with everything for a point in one compiled function
+    ngclearn     ngc-learn's step in one jitted scan, if installed; the best case, since it is compiled once
+    compiled     ngc-learn in a loop over settings, which are constants of its cell, so that it compiles for each
 """
 
 import argparse
@@ -52,10 +52,10 @@ def loop(point: Callable, params: slif.SLIFParams, currents: jax.Array, over: di
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--points", type=int, nargs="+", default=[1, 10, 100, 1000, 10_000])
-    parser.add_argument("--repeats", type=int, default=9, help="repeats of which the median is told")
-    parser.add_argument("--batch-size", type=int, default=100, help="points side by side, where memory is bounded")
+    parser.add_argument("--repeats", type=int, default=9, help="number of repeats to take the median of")
+    parser.add_argument("--batch-size", type=int, default=100, help="points side by side when memory is bounded")
     options = parser.parse_args(arguments)
 
     params = cases.make_params(N_UNITS, refract_time=2.0)
@@ -74,11 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
         runs["compiled"] = lambda: [peers.ngclearn_forward(single, refract_time=2.0)() for _ in range(LOOPED)]
     each = {name: x / LOOPED for name, x in cases.median_seconds(runs, options.repeats).items()}
     for name, seconds in each.items():
-        print(f"{name:<10}{1e6 * seconds:>12.1f} us a point")
+        print(f"{name:<10}{1e6 * seconds:>12.1f} us per point")
 
-    print(
-        f"\n{'P':>7}{'us a point':>12}{'MB':>9}{f'by {options.batch_size}: us':>15}{'MB':>9}{'compile s':>11}", end=""
-    )
+    print(f"\n{'P':>7}{'us/point':>12}{'MB':>9}{f'by {options.batch_size}: us':>15}{'MB':>9}{'compile s':>11}", end="")
     print("".join(f"{'x ' + name:>12}" for name in each))
     rows = []
     for n in options.points:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, parameters, inputs and a clock."""
+"""Shapes, parameters, inputs and timing shared by the benchmarks."""
 
 import statistics
 import time
@@ -18,18 +18,18 @@ Key = TypeVar("Key")
 
 
 def make_params(n_units: int, **arguments: Any) -> slif.SLIFParams:
-    """The textbook cell: no refractory period, no jitter, no mechanism but what is asked for."""
+    """The textbook cell: no refractory period, no jitter, and only the mechanisms that are passed."""
     defaults: dict[str, Any] = {"tau_m": TAU_M, "resist_m": 1.0, "thr": THR, "thr_jitter": 0.0}
     return slif.init_params(jax.random.key(0), n_units, **(defaults | arguments))
 
 
 def make_currents(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Currents [T, B, N] at which a unit fires about once in ten steps."""
+    """Currents [T, B, N] that make a unit fire about once in ten steps."""
     return np.random.default_rng(seed).uniform(0, 2, shape).astype(np.float32)
 
 
 def make_bar(shape: tuple[int, ...]) -> np.ndarray:
-    """A cotangent for their spikes."""
+    """A cotangent for the spikes."""
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
@@ -43,16 +43,16 @@ heaviside.defjvps(lambda dx, _, x: dx / (1 + (jnp.pi * x) ** 2))
 
 
 def compile_seconds(run: Callable, *args: Any) -> tuple[jax.stages.Compiled, float]:
-    """The compiled function, and how long that took."""
+    """Returns the compiled function, and how long it took to compile."""
     start = time.perf_counter()
     compiled = jax.jit(run).lower(*args).compile()
     return compiled, time.perf_counter() - start
 
 
 def median_seconds(runs: dict[Key, Callable[[], Any]], repeats: int, budget: float = 20.0) -> dict[Key, float]:
-    """The median of each, warmed up; repeats are interleaved, so that a disturbance meets all alike.
+    """The median of each, after a warm-up; repeats are interleaved, so that disturbances affect all equally.
 
-    A run that has used up its budget of seconds is not repeated further.
+    A run that has used up its budget of seconds is not repeated again.
     """
     for run in runs.values():
         jax.block_until_ready(run())

@@ -1,24 +1,24 @@
-"""Other packages' cells, for those that are installed: functions of currents [T, B, N] that give the raster.
+"""Other packages' cells, if installed: functions of currents [T, B, N] that return the raster.
 
-Most run the same equations: forward Euler, spike above a fixed threshold, reset to 0, the arc tangent as surrogate, no
-gradient through the reset. What differs:
+Most have the same equations: forward Euler, a spike above a fixed threshold, reset to 0, the arc tangent as surrogate,
+no gradient through the reset. The differences:
 
-    ngclearn           can be refractory and adapt, as no other here
-    norse              a synapse filters the current once more, and the surrogate is its own
-    spyx               subtracts the threshold, a step after the spike; its arc tangent is 1 / pi of the others'
+    ngclearn           can have a refractory period and adaptation, unlike the others
+    norse              a synapse also filters the current, and the surrogate is a different one
+    spyx               subtracts the threshold, one step after the spike; its arc tangent is 1 / pi of the others'
     snntorch, jaxpike  have a gradient through the reset
-    sparx              spikes at the threshold too
+    sparx              also spikes at the threshold itself
 
-Recurrent layers, of bench_network.py, differ further:
+Recurrent layers, for bench_network.py, have further differences:
 
-    spyx               feeds back, as it resets, a step after the spike
-    jaxpike            has a graph with a cycle, run step by step, and takes the product in its second node
-    snntorch           takes the product twice a step, to reset by what it gave
+    spyx               feeds back, like its reset, one step after the spike
+    jaxpike            is a graph with a cycle, run step by step, with the product in its second node
+    snntorch           computes the product twice per step, the second time to determine the reset
     spikingjelly       multiplies the currents too, by a matrix in front of its layer, here the identity; so does norse
-    norse              reads its output through a synapse as well
+    norse              also reads its output through a synapse
 
-Those of JAX are timed under one jit. spyx, jaxpike and sparx each scan over time; jaxpike's default of 8 steps to a
-turn of the loop is for GPUs, and a CPU takes 2 to 4 times longer with it, so here it has one, as the others.
+JAX packages are timed in one jit. spyx, jaxpike and sparx each scan over time. jaxpike's default of 8 steps per
+iteration of the loop is for GPUs and takes 2 to 4 times longer on a CPU, so here it runs one, like the others.
 """
 
 import functools
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LEAK = cases.DT / cases.TAU_M
-PACKAGES = {"sparx": "sparxml, Python 3.12 or later"}  # where the name to install differs
+PACKAGES = {"sparx": "sparxml, Python 3.12 or later"}  # where the name on PyPI differs
 TITLES = {
     "ngclearn": "ngc-learn",
     "spyx": "Spyx",
@@ -43,15 +43,15 @@ TITLES = {
     "norse": "Norse",
 }
 SAME_SPIKES = ("snntorch", "spikingjelly", "jaxpike", "sparx")
-THROUGH_RESET = ("snntorch", "jaxpike")  # of these, those whose gradient flows through the reset as well
+THROUGH_RESET = ("snntorch", "jaxpike")  # the ones among these whose gradient also flows through the reset
 
 
 def installed(names: list[str]) -> list[str]:
-    """Those of them that are; a line is printed for each other one."""
+    """The installed ones among the names; prints a line for each of the others."""
     found = [name for name in names if importlib.util.find_spec(name)]
     for name in names:
         if name not in found:
-            print(f"{name}: left out, not installed (pip install {PACKAGES.get(name, name)})")
+            print(f"{name}: skipped, not installed (pip install {PACKAGES.get(name, name)})")
     return found
 
 
@@ -104,7 +104,7 @@ def norse_loop(cell: Any, currents: Any) -> Any:
 
 
 def norse_raster() -> Callable:
-    """Its cell in a loop, since the backward pass of its own loop makes an array of the whole sequence at each step."""
+    """Its cell in a loop, since the backward pass of its own loop allocates a whole sequence at each step."""
     torch, norse = importlib.import_module("torch"), importlib.import_module("norse.torch")
     cell = norse.LIFCell(
         norse.LIFParameters(tau_mem_inv=torch.tensor(1000 / cases.TAU_M), v_th=torch.tensor(cases.THR))
@@ -173,7 +173,7 @@ def norse_recurrent(weights: Any) -> tuple[Callable, Any]:
     return functools.partial(norse_loop, cell), own
 
 
-# Functions of the recurrent matrix [N, N], from row to column, which give a function of the currents, and the parameter
+# Functions of the recurrent matrix [N, N], from row to column, that return a function of the currents and the parameter
 # [N, ..., N] whose last N columns are that matrix, transposed.
 TORCH_RECURRENT: dict[str, Callable[[Any], tuple[Callable, Any]]] = {
     "snntorch": snntorch_recurrent,
@@ -183,7 +183,7 @@ TORCH_RECURRENT: dict[str, Callable[[Any], tuple[Callable, Any]]] = {
 
 
 def torch_integrator(name: str) -> Callable:
-    """A layer of leaky integrators: a function of currents that gives potentials."""
+    """A layer of leaky integrators: a function of currents that returns potentials."""
     torch = importlib.import_module("torch")
     if name == "spikingjelly":
         neuron = importlib.import_module("spikingjelly.activation_based.neuron")
@@ -206,7 +206,7 @@ def torch_integrator(name: str) -> Callable:
 
 
 def torch_forward(name: str, shape: tuple[int, ...]) -> Callable:
-    """A call that gives the raster, without a gradient."""
+    """A function that returns the raster, without a gradient."""
     torch = importlib.import_module("torch")
     raster, constant = TORCH[name](), torch.from_numpy(cases.make_currents(shape))
 
@@ -218,7 +218,7 @@ def torch_forward(name: str, shape: tuple[int, ...]) -> Callable:
 
 
 def torch_both(name: str, shape: tuple[int, ...]) -> Callable:
-    """A call that gives the raster and the gradient of the currents."""
+    """A function that returns the raster and the gradient of the currents."""
     torch = importlib.import_module("torch")
     raster, constant, bar = TORCH[name](), torch.from_numpy(cases.make_currents(shape)), cases.make_bar(shape)
     cotangent = torch.from_numpy(bar)
@@ -240,14 +240,14 @@ def spyx_run(n_units: int) -> Callable:
 
 def jaxpike_run(n_units: int, scan_unroll: int | None = 1) -> Callable:
     jaxpike = importlib.import_module("jaxpike")
-    # It decays by exp(-dt / tau).
+    # Its decay is exp(-dt / tau).
     tau = -cases.DT / math.log(1 - LEAK)
     cell = jaxpike.LIF(tau, threshold=cases.THR, dt=cases.DT, reset="zero", surrogate=jaxpike.ATan())
     return lambda currents: jaxpike.unroll(cell, currents, scan_unroll=scan_unroll)
 
 
 def sparx_run(n_units: int) -> Callable:
-    """What its layers run; the time within a step that they also give is not asked for."""
+    """The function that its layers run, without the spike time within a step that they also return."""
     dynamics, surrogate = importlib.import_module("sparx.dynamics"), importlib.import_module("sparx.surrogate")
     cell = dynamics.LIFCell(1 - LEAK, cases.THR, "zero", surrogate.ATan(), True)
 
@@ -258,7 +258,7 @@ def sparx_run(n_units: int) -> Callable:
     return run
 
 
-# Functions of the number of units, which give functions of the currents: the raster and the final state.
+# Functions of the number of units, which return functions of the currents: the raster and the final state.
 JAX: dict[str, Callable[[int], Callable]] = {"spyx": spyx_run, "jaxpike": jaxpike_run, "sparx": sparx_run}
 
 
@@ -272,7 +272,7 @@ def spyx_recurrent(currents: Any, weights: Any) -> Any:
 def jaxpike_recurrent(currents: Any, weights: Any) -> Any:
     jaxpike, eqx = importlib.import_module("jaxpike"), importlib.import_module("equinox")
     tau = -cases.DT / math.log(1 - LEAK)
-    with jax.ensure_compile_time_eval():  # it looks at tau
+    with jax.ensure_compile_time_eval():  # it reads the value of tau
         cell = jaxpike.LIF(tau, threshold=cases.THR, dt=cases.DT, reset="zero", surrogate=jaxpike.ATan())
     dense = jaxpike.Dense(len(weights), len(weights), key=jax.random.key(0), use_bias=False)
     dense = eqx.tree_at(lambda dense: dense.weight, dense, weights.T)
@@ -280,7 +280,7 @@ def jaxpike_recurrent(currents: Any, weights: Any) -> Any:
     return jaxpike.unroll(jaxpike.Graph({"cell": cell, "dense": dense}, edges, "cell"), currents, scan_unroll=1)[0]
 
 
-# Functions of the currents and the recurrent matrix [N, N], from row to column, which give the raster.
+# Functions of the currents and the recurrent matrix [N, N], from row to column, that return the raster.
 JAX_RECURRENT: dict[str, Callable[[Any, Any], Any]] = {
     "spyx": spyx_recurrent,
     "jaxpike": jaxpike_recurrent,
@@ -299,7 +299,7 @@ def jax_integrator(name: str, currents: Any) -> Any:
 
 
 def jax_forward(name: str, currents: np.ndarray, state_too: bool = True) -> Callable:
-    """A call that gives the raster, of a function compiled to give the final state as well, or not."""
+    """A function that returns the raster, compiled with or without the final state as an output."""
     run = JAX[name](currents.shape[-1])
     compiled = jax.jit(run if state_too else lambda x: run(x)[:1])
     forward = functools.partial(compiled, jnp.asarray(currents))
@@ -307,7 +307,7 @@ def jax_forward(name: str, currents: np.ndarray, state_too: bool = True) -> Call
 
 
 def jax_both(name: str, currents: np.ndarray, bar: np.ndarray, state_too: bool = True) -> Callable:
-    """A call that gives the raster and the gradient of the currents, and the final state, or not."""
+    """A function that returns the raster, the gradient of the currents and, optionally, the final state."""
     run = JAX[name](currents.shape[-1])
 
     @jax.jit
@@ -319,7 +319,7 @@ def jax_both(name: str, currents: np.ndarray, bar: np.ndarray, state_too: bool =
 
 
 def ngclearn_forward(currents: np.ndarray, state_too: bool = True, **mechanism: Any) -> Callable:
-    """Its own step under one jitted scan, state in and out: faster than its processes, which compile a step each."""
+    """Its own step in one jitted scan that carries its state: faster than its processes, which compile single steps."""
     ngclearn: Any = importlib.import_module("ngclearn")
     components: Any = importlib.import_module("ngclearn.components")
     manager: Any = importlib.import_module("ngcsimlib.global_state").stateManager
@@ -351,6 +351,6 @@ def ngclearn_forward(currents: np.ndarray, state_too: bool = True, **mechanism: 
 
         return jax.lax.scan(body, state, (currents, jnp.arange(n_steps, dtype=jnp.float32)))
 
-    wanted = run if state_too else jax.jit(lambda *arguments: (None, run(*arguments)[1]))
-    forward = functools.partial(wanted, state, jnp.asarray(currents))
+    chosen = run if state_too else jax.jit(lambda *arguments: (None, run(*arguments)[1]))
+    forward = functools.partial(chosen, state, jnp.asarray(currents))
     return lambda: forward()[1]

@@ -1,8 +1,11 @@
 """Every test, file and command that tests/README.md names exists; CITATION.cff agrees with the package."""
 
 import ast
+import os
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,17 @@ def test_the_named_files_are_there():
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
     links = re.findall(r"\]\(([^)#]+)\)", EVIDENCE)
     assert [link for link in links if not (ROOT / "tests" / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("bench_*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_prints_its_options(path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # bench_gpu.py sets a variable
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    assert "--json" in capsys.readouterr().out
 
 
 def test_the_citation():
