@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     def of(cls, name: str, dump: str) -> "Kernel":
         """The kernel of that name in Mosaic GPU's output: its PTX, ptxas' report, and the code that launches it."""
         text = re.search(rf"\.visible \.entry {name}_mosaic_gpu_kernel\(.*?^}}", dump, re.DOTALL | re.MULTILINE)[0]
-        told = dump[dump.index(f"Function properties for {name}_mosaic_gpu_kernel") :]
+        report = dump[dump.index(f"Function properties for {name}_mosaic_gpu_kernel") :]
         launch = re.search(rf"^define void @{name}_mosaic_gpu\(.*?^}}", dump, re.DOTALL | re.MULTILINE)[0]
         slots = {m[1]: int(m[2]) for m in re.finditer(r"(%\d+) = getelementptr ptr, ptr %1, i32 (\d+)", launch)}
         loaded = {m[1]: ({"%1": 0} | slots)[m[2]] for m in re.finditer(r"(%\d+) = load ptr, ptr (%\d+)", launch)}
@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
         n_blocks, *more, block, y, z = [int(n) for n in re.findall(r"i32 (\d+)", grid)[:9]]
         if (more, y, z) != ([1, 1, 0, 0, 0], 1, 1):
             raise NotImplementedError(f"a grid of more than one axis, or clusters: {grid}")
-        registers, spilt = (int(re.search(p, told)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+        registers, spilt = (int(re.search(p, report)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
         return cls(name, ptx.parse(text), order, n_blocks, block, registers, spilt)
 
 

@@ -183,7 +183,7 @@ def as_size(name: str, value: Any, low: int, *, symbolic: bool = False) -> Any:
 def check_countable(name: str, *shape: Any) -> None:
     """Checks that XLA can count the bits of such an array; otherwise it would end the process."""
     if math.prod(max(n, 1) for n in shape if isinstance(n, int)) >= 2**57:
-        raise ValueError(f"{name}: expected an array of less than 2**57 numbers, got shape {shown(shape)}")
+        raise ValueError(f"{name}: expected an array of fewer than 2**57 numbers, got shape {shown(shape)}")
 
 
 def check_jitter(name: str, width: Any, thr: np.ndarray, dtype: Any) -> None:

@@ -95,7 +95,7 @@ def _converted(name: str, value: Any) -> np.ndarray:
     except OverflowError:
         raise ValueError(f"{name}: expected finite values in float64, got {shown(value)}") from None
     except ValueError:
-        raise ValueError(f"{name}: expected rows of one length, got {shown(value)}") from None
+        raise ValueError(f"{name}: expected rows of equal length, got {shown(value)}") from None
 
 
 def stored(name: str, array: np.ndarray, dtype: Any, *, infinite: bool = False, normal: bool = False) -> np.ndarray:

@@ -156,7 +156,7 @@ def _ngclearn_file(directory: str | os.PathLike[str], name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"name: expected the name of a cell, got {name!r}")
     if name in ("", os.curdir, os.pardir) or "\\" in name or os.path.basename(as_path("name", name)) != name:
-        raise ValueError(f"name: expected the name of a cell, which is no path, got {name!r}")
+        raise ValueError(f"name: expected the name of a cell, not a path, got {name!r}")
     return os.path.join(as_path("directory", directory), f"{name}.npz")
 
 

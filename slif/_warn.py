@@ -58,7 +58,7 @@ def jitter(thr: Any, width: Any) -> None:
     low = np.asarray(thr)
     if np.any((low >= 0) & (low <= width)):
         _warn(
-            f"thr_jitter: units of a threshold below 0 fire at every step without input, got thr_jitter = {width} "
+            f"thr_jitter: units with a threshold below 0 fire at every step without input, got thr_jitter = {width} "
             f"and thr = {thr}"
         )
 

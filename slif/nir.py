@@ -213,9 +213,9 @@ def _surrogate_metadata(surrogate: Surrogate, dtype: Any) -> dict[str, Any]:
 def _kept_surrogate(kept: dict[str, Any], dtype: Any) -> Surrogate:
     if "surrogate" not in kept:
         return secant()
-    told = _mapping(kept, "surrogate")
-    numbers = jax.device_get(_mapping(told, "numbers"))
-    surrogate = named(told.get("kind"), numbers, told.get("detach_reset"))
+    fields = _mapping(kept, "surrogate")
+    numbers = jax.device_get(_mapping(fields, "numbers"))
+    surrogate = named(fields.get("kind"), numbers, fields.get("detach_reset"))
     _check.check_slope_numbers(numbers, dtype)
     return surrogate
 
@@ -226,10 +226,10 @@ def _kept_params(kept: dict[str, Any], dt: np.ndarray) -> dict[str, Any]:
     if unknown := [name for name in params if name not in known]:
         raise ValueError(f"metadata: expected names among {', '.join(known)}, got {unknown}")
     if set(params) & set(PER_STEP):
-        told: Any = kept.get("dt")
-        number = isinstance(told, int | float | np.number) and _check.is_real(np.asarray(told).dtype)
-        if not (number and abs(float(told) - float(dt)) <= 1e-6 * float(dt)):
-            raise ValueError(f"dt: expected {told}, by whose steps the terms kept in the metadata go, got {dt}")
+        written: Any = kept.get("dt")
+        number = isinstance(written, int | float | np.number) and _check.is_real(np.asarray(written).dtype)
+        if not (number and abs(float(written) - float(dt)) <= 1e-6 * float(dt)):
+            raise ValueError(f"dt: expected {written}, the step that the metadata was written with, got {dt}")
     return params
 
 

@@ -154,7 +154,7 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
         del rngs
         if carry_init is not None:
             raise ValueError(
-                f"carry_init: expected None, as parameters tell the state at rest, got {shown(carry_init)}"
+                f"carry_init: expected None, since the parameters give the state at rest, got {shown(carry_init)}"
             )
         return _layers.initial_carry(_params(self), input_shape)
 

@@ -293,7 +293,7 @@ def _figure(n: int, size: tuple[float, float]) -> list[Axes]:
 def _panels(given: Any, n: int) -> list[Axes]:
     axes = list(np.ravel(np.asarray(given, dtype=object)))
     if len(axes) != n or not all(isinstance(ax, Axes) for ax in axes):
-        raise ValueError(f"ax: expected {n} Axes, one a panel, got {given!r}")
+        raise ValueError(f"ax: expected {n} Axes, one per panel, got {given!r}")
     return axes
 
 

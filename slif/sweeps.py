@@ -276,7 +276,7 @@ def _in_chunks(run: Callable, points: Any, n_points: int, batch_size: int | None
     if not callable(progress):
         raise TypeError(f"progress: expected a function of (points done, P), got {shown(progress)}")
     if batch_size is None:
-        raise ValueError("progress: expected a batch_size with it, got None")
+        raise ValueError("progress: expected a batch_size too, got None")
     chunks = []
     for start in range(0, n_points, batch_size):
         index = _check.put(np.minimum(np.arange(start, start + batch_size), n_points - 1), np.int32)

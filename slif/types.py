@@ -85,9 +85,9 @@ FIELDS = tuple(SLIFState.__dataclass_fields__)
 
 def _read_static(text: bytes) -> tuple[Any, ...]:
     """Static fields that are newer than the file get their defaults."""
-    told = json.loads(text)
+    values = json.loads(text)
     defaults = [ABOUT[name].default for name in STATIC]
-    return *told, *(defaults[len(told) :] if told else ())
+    return *values, *(defaults[len(values) :] if values else ())
 
 
 def _write_surrogate(static: tuple[Any, ...]) -> bytes:

@@ -70,7 +70,7 @@ NARROWED = {
     "nnx, dtype": lambda: slif.nnx.SLIF(N, dt=0.5, **NUMBERS, dtype=np.dtype("float64"), rngs=nnx.Rngs(0)),
 }
 WARNED = {name: (call, "^dt: forward Euler diverges") for name, call in TOO_LONG.items()}
-WARNED |= {name: (call, "^thr_jitter: units of a threshold below 0") for name, call in JITTERED.items()}
+WARNED |= {name: (call, "^thr_jitter: units with a threshold below 0") for name, call in JITTERED.items()}
 WARNED |= {f"clock, {name}": (call, "^refract_time: a unit that has fired never") for name, call in CLOCKS.items()}
 WARNED |= {name: (call, "^(spike_)?dtype: u?(float|int)64 needs jax_enable_x64") for name, call in NARROWED.items()}
 STABLE = {

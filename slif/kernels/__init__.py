@@ -33,7 +33,7 @@ def missing(params: SLIFParams, currents: Array, request: Request) -> str | None
         f"params of dtype {params.thr.dtype}": params.thr.dtype != jnp.float32,
         f"currents of dtype {currents.dtype}": str(currents.dtype) not in _CURRENTS,
         f"spike_dtype {request.spike_dtype}": str(request.spike_dtype) not in _SPIKES,
-        "a shape with names for numbers": symbolic,
+        "a symbolic shape": symbolic,
         "an empty sequence or batch": not symbolic and 0 in currents.shape,
     }
     return next((reason for reason, so in reasons.items() if so), None) or _of_slope(params, currents)
