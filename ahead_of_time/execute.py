@@ -42,7 +42,9 @@ class Kernel(NamedTuple):
         n_blocks, *more, block, y, z = [int(n) for n in re.findall(r"i32 (\d+)", grid)[:9]]
         if (more, y, z) != ([1, 1, 0, 0, 0], 1, 1):
             raise NotImplementedError(f"a grid of more than one axis, or clusters: {grid}")
-        registers, spilt = (int(re.search(p, report)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+        registers, spilt = (
+            int(re.search(p, report)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+        )
         return cls(name, ptx.parse(text), order, n_blocks, block, registers, spilt)
 
 
