@@ -2,7 +2,7 @@
 
     python examples/distributed_sweep.py --out out/sweep                    one process
     python examples/distributed_sweep.py --out out/sweep --coordinator HOST:PORT --processes 2 --process 0   and 1
-    srun python examples/distributed_sweep.py --out out/sweep --cluster     JAX finds the processes: SLURM, ...
+    srun python examples/distributed_sweep.py --out out/sweep --cluster     JAX finds them: SLURM, Kubernetes
 
 Shard k belongs to process k modulo the number of processes. A shard appears under its name only once it is complete.
 So a run that was interrupted, for example because a process died, continues where it stopped when started again, with
