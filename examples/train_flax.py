@@ -41,7 +41,7 @@ OUTPUT_BIAS = 1.0
 N_STEPS = 20
 
 # What is saved: the leaves of the variables, in the order in which both frameworks keep them, so that either can
-# evaluate what the other has learned. Thresholds are drawn with jitter and not trained; the weights are adapted to them.
+# evaluate what the other has learned. Thresholds are drawn with jitter and not trained; the weights adapt to them.
 WEIGHTS = ("bias1", "kernel1", "bias2", "kernel2", "thr1", "thr2")
 
 Apply = Callable[..., Any]  # (variables, images [..., D]) -> logits [..., 10]
