@@ -81,7 +81,7 @@ def saved(path: Path) -> Iterator[IO[Any]]:
 def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays of those names; OSError or a ValueError of one line for a file that does not hold them."""
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:  # an .npy is no context manager: TypeError
+        with open(path, "rb") as file, np.load(file) as arrays:  # an .npy is not a context manager: TypeError
             if missing := set(keys) - set(arrays):
                 raise ValueError(f"no {', '.join(sorted(missing))} among its keys ({', '.join(arrays)})")
             return {key: arrays[key] for key in keys}

@@ -1,4 +1,4 @@
-"""One neuron under a current that switches on and halves: a table of its first steps, and its traces.
+"""One neuron under a current that switches on and later halves: a table of its first steps, and its traces.
 
     python examples/single_neuron.py
     python examples/single_neuron.py --current 1.5 --refract-time 5 --sticky
