@@ -5,23 +5,23 @@
     python examples/bfa_snn.py --eval out/bfa_snn/weights.npz  test accuracy of weights saved before
 
 The image x, its pixels from 0 to 1, drives a hidden and an output layer of sLIF cells for 99 steps of 0.25 ms. At each
-of them
+step
 
     x_t ~ Bernoulli(gain x)
     s1 = cell 1 (x_t W1 + b1)          s2 = cell 2 (s1 W2 + b2)
     e2 = y - s2                        d1 = (e2 E) * surrogate of cell 1
 
-and, once the burn-in is over, while the window goes on:
+and, once the burn-in is over, still within the window:
 
     W1 += rate x_t^T d1 / D            b1 += rate sum d1 / D
     W2 += rate s1^T e2 / H             b2 += rate sum e2 / H
 
-with sums over the batch and E fixed at random. The class is read out in three ways: by "current", the unit of cell 2
-whose current summed up the most after the burn-in; by "spikes", the one that spiked most often after the burn-in; and
-by "all spikes", which counts those of the burn-in too, as the published figures do.
+with sums over the batch and E random but fixed. The class is read out in three ways: by "current", the unit of cell 2
+with the largest summed current after the burn-in; by "spikes", the one that spiked most often after the burn-in; and by
+"all spikes", which includes those during the burn-in, as the published figures do.
 
-With `--validation 0.1` a tenth of the training images is held out, and the weights kept are those of the epoch that did
-best on them by all spikes: the published protocol. Otherwise those of the last epoch are.
+`--validation 0.1` is the published protocol: a tenth of the training images is held out, and the weights kept are those
+of the epoch that did best on them by all spikes. Without it, those of the last epoch are kept.
 
 Source: Samadi, Lillicrap & Tweed (2017), Deep learning with dynamic spiking neurons and fixed feedback weights, Neural
 Computation 29(3).
@@ -55,14 +55,14 @@ CELL: dict[str, Any] = {
     "refract_time": 1.0,
     "sticky_spikes": True,
 }
-# The published settings are for MNIST. The bundled digits are 40 times fewer: larger updates learn them in as many
-# seconds, and shrink in order to settle. They have a twelfth of the pixels, and at a gain of 0.25 the noise of so few
-# input spikes keeps the network below 95 %, on the images it learns from too.
+# The published settings are for MNIST. There are 40 times fewer bundled digits: larger updates learn them in seconds,
+# and decay so that the weights settle. They have a twelfth of the pixels: at a gain of 0.25 the noise of so few input
+# spikes keeps the network below 95 %, even on the images it learns from.
 MNIST = {"epochs": 30, "hidden": 1000, "batch_size": 250, "rate": 1.0, "decay": 1.0, "gain": 0.25}
 BUNDLED = {"epochs": 8, "hidden": 500, "batch_size": 50, "rate": 16.0, "decay": 0.7, "gain": 1.0}
 
 EVAL_BATCH = 250
-EVAL_SEED = 0  # the same for all, so that saved weights give the accuracy that was told
+EVAL_SEED = 0  # fixed, so that saved weights reproduce the accuracy that was printed
 
 Rates = tuple[ArrayLike, ArrayLike]
 
@@ -81,11 +81,11 @@ class Cells(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """Of each class, summed over steps, [B, C]; accuracies take the same three names."""
+    """Evidence for each class, summed over steps, [B, C]; or the accuracy by each of the three."""
 
     current: Any  # of the output layer, after the burn-in
     spikes: Any  # after the burn-in
-    all_spikes: Any  # of the burn-in too
+    all_spikes: Any  # including the burn-in
 
 
 def init_weights(key: Array, n_inputs: int, n_hidden: int) -> Weights:
@@ -108,15 +108,16 @@ def init_cells(n_hidden: int) -> Cells:
 
 
 def spike_threshold(images: Array) -> Array:
-    """The chance of each pixel to spike at a step, times 2^16."""
+    """The probability that each pixel spikes at a step, times 2^16."""
     return jnp.round(2**16 * images).astype(jnp.uint32)
 
 
 def bernoulli(key: Array, threshold: Array) -> Array:
     """Spikes [B, D] with probability threshold / 2^16.
 
-    Two to a random word: for a window of 250 images of 784 pixels that takes 45 ms, `jax.random.bernoulli` 80 ms, and
-    keys of the kinds "rbg" and "unsafe_rbg" 360 ms (an x86 server); all the rest of such a window takes 450 ms.
+    Each random word serves two pixels: for a window of 250 images of 784 pixels this takes 45 ms,
+    `jax.random.bernoulli` 80 ms, and keys of the kinds "rbg" and "unsafe_rbg" 360 ms (on an x86 server); the rest of
+    such a window takes 450 ms.
     """
     n, d = threshold.shape
     words = jax.random.bits(key, (n, (d + 1) // 2), jnp.uint32)
@@ -141,19 +142,18 @@ def update(
 def window(
     cells: Cells, weights: Weights, key: Array, images: Array, y: Array | None = None, rates: Rates | None = None
 ) -> tuple[Weights, Evidence, Array]:
-    """Shows a batch to the network, which learns where y and rates are given.
+    """Shows a batch to the network, which learns if y and rates are given.
 
     Args:
         cells: parameters of the two layers.
         weights: weights before the window.
         key: a PRNG key, for the input spikes.
-        images: [B, D], the chance of each pixel to spike at a step.
+        images: [B, D], the probability that each pixel spikes at a step.
         y: one-hot classes [B, C].
         rates: rate / D and rate / H.
 
     Returns:
-        The weights after the window, what the output layer tells of the classes, and the spikes of the hidden layer
-        [T, B, H].
+        The weights after the window, the evidence from the output layer, and the spikes of the hidden layer [T, B, H].
     """
     threshold = spike_threshold(images)
 
@@ -179,10 +179,10 @@ def window(
 
 
 def pixels_in_use(images: np.ndarray) -> np.ndarray:
-    """The pixels that are not 0 in all the images, and some others to make their number a multiple of 64.
+    """Indices of the pixels that are above 0 in some image, filled up with others to a multiple of 64.
 
-    A pixel that is 0 never spikes, so its row of W1 neither acts nor learns. 250 images of MNIST use some 560 of 784
-    pixels; without the others, a training batch takes 380 ms, not 510. Multiples, as each new number compiles anew.
+    A pixel that is 0 never spikes, so its row of W1 neither acts nor learns. 250 images of MNIST use about 560 of 784
+    pixels; without the others, a training batch takes 380 ms, not 510. Each size is compiled anew, hence the multiples.
     """
     used = images.any(0)
     n = 64 * max(1, -(-used.sum() // 64))
@@ -193,7 +193,7 @@ def pixels_in_use(images: np.ndarray) -> np.ndarray:
 def train_batch(
     cells: Cells, weights: Weights, key: Array, images: Array, pixels: Array, classes: Array, rate: ArrayLike
 ) -> tuple[Weights, Array]:
-    """Learns a batch; returns the weights, and how many of the images the network told right meanwhile."""
+    """Learns a batch; returns the weights, and how many images were classified correctly in the process."""
     n_inputs, n_hidden = weights.W1.shape
     y = jax.nn.one_hot(classes, N_CLASSES)
     used = weights._replace(W1=weights.W1[pixels])
@@ -218,21 +218,21 @@ def accuracy(cells: Cells, weights: Weights, images: np.ndarray, classes: np.nda
     """The share of the images that the network classifies correctly, by each kind of evidence."""
     key, correct = jax.random.key(EVAL_SEED), np.zeros(len(Evidence._fields), int)
     for start in range(0, len(images), EVAL_BATCH):
-        # The last batch is filled up, so that it is compiled like the others, and what fills it is not counted.
+        # The last batch is padded to the size of the others, so that nothing recompiles; the padding is not counted.
         batch = np.zeros((EVAL_BATCH, images.shape[1]), np.float32)
         rows = slice(start, start + EVAL_BATCH)
         n = len(images[rows])
         batch[:n] = images[rows]
-        told = predict(cells, weights, jax.random.fold_in(key, start), batch, pixels_in_use(batch))
-        correct += (np.asarray(told)[:, :n] == classes[rows]).sum(1)
+        predicted = predict(cells, weights, jax.random.fold_in(key, start), batch, pixels_in_use(batch))
+        correct += (np.asarray(predicted)[:, :n] == classes[rows]).sum(1)
     return Evidence(*(correct / len(images)).tolist())
 
 
 class Epoch(NamedTuple):
-    learning: float  # accuracy on the training images in the windows that teach them, so above that afterwards
+    learning: float  # accuracy on the training images in the windows that teach them, so higher than afterwards
     validation: Evidence | None
     test: Evidence
-    seconds: float  # of training, the first one's compilation included
+    seconds: float  # of training, which in the first epoch includes compilation
 
 
 def hold_out(digits: Digits, share: float, seed: int) -> tuple[Digits, np.ndarray, np.ndarray]:
@@ -244,13 +244,13 @@ def hold_out(digits: Digits, share: float, seed: int) -> tuple[Digits, np.ndarra
 
 
 def best_epoch(history: list[Epoch]) -> int:
-    """Index of the epoch whose weights are kept: the best on the validation images by all spikes, else the last."""
+    """Index of the epoch whose weights are kept: the best on validation images by all spikes, if any, else the last."""
     counts = [epoch.validation.all_spikes if epoch.validation else n for n, epoch in enumerate(history)]
     return int(np.argmax(counts))
 
 
 def train(options: Any, digits: Digits, x_held: np.ndarray, y_held: np.ndarray) -> tuple[Weights, list[Epoch]]:
-    """Trains on the digits; returns the weights kept, which are in the file too, and the epochs."""
+    """Trains on the digits; returns the weights kept, which are also saved, and the epochs."""
     cells = init_cells(options.hidden)
     init_key, run_key = jax.random.split(jax.random.key(options.seed))
     weights = init_weights(init_key, digits.x_train.shape[1], options.hidden)
@@ -261,7 +261,7 @@ def train(options: Any, digits: Digits, x_held: np.ndarray, y_held: np.ndarray) 
     for epoch in range(options.epochs):
         rate = np.float32(options.rate * options.decay**epoch)
         epoch_key, correct, start = jax.random.fold_in(run_key, epoch), 0, time.perf_counter()
-        # What does not fill a batch waits for another shuffle.
+        # Images that do not fill a batch wait for the next shuffle.
         batches = shuffle.permutation(len(digits.x_train))[: n_batches * options.batch_size].reshape(n_batches, -1)
         with tqdm(batches, desc=f"epoch {epoch + 1}/{options.epochs}", unit="batch", dynamic_ncols=True) as progress:
             for k, rows in enumerate(progress):
@@ -296,7 +296,7 @@ def load_weights(path: Path, n_inputs: int) -> Weights:
 
 
 def draw(path: Path, weights: Weights, digits: Digits, history: list[Epoch]) -> None:
-    """Learning curve, hidden layer while it sees one test image, and filters, in a PNG."""
+    """Saves a PNG of the learning curve, the hidden spikes for one test image, and the filters."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -322,7 +322,7 @@ def draw(path: Path, weights: Weights, digits: Digits, history: list[Epoch]) -> 
     axes.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy", xlim=(0.5, len(history) + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, fontsize=8)  # where no curve is
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, fontsize=8)  # clear of the curves
 
     cells, n_shown = init_cells(weights.b1.size), min(weights.b1.size, 100)
     spikes = hidden_spikes(cells, weights, jax.random.key(EVAL_SEED), digits.x_test[:1])[:, 0, :n_shown]
@@ -334,7 +334,7 @@ def draw(path: Path, weights: Weights, digits: Digits, history: list[Epoch]) -> 
     axes.axvline(BURN_IN * DT, color="C1", linestyle="--")
     axes.text(BURN_IN * DT, -1, "burn-in ends", color="C1", ha="center", va="bottom", fontsize=8)
     axes.set(xlabel="time (ms)", ylabel="hidden unit")
-    axes.set_title(f"Hidden spikes at a test image of a {digits.y_test[0]}", pad=18)
+    axes.set_title(f"Hidden spikes for a test image of a {digits.y_test[0]}", pad=18)
 
     right.suptitle("Filters of the largest weights")
     strongest = np.argsort(-np.linalg.norm(weights.W1, axis=0))[:16]
@@ -358,27 +358,27 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[cli.Parser, Any]:
     parser.add_argument(
         "--data",
         type=Path,
-        help="an .npz with MNIST's keys, or a folder of its IDX files; scikit-learn's 8x8 digits if not given",
+        help="an .npz with MNIST's keys, or a folder of its IDX files (default scikit-learn's 8x8 digits)",
     )
     parser.add_argument(
-        "--eval", type=Path, metavar="WEIGHTS", help="tell the test accuracy of saved weights, and stop"
+        "--eval", type=Path, metavar="WEIGHTS", help="print the test accuracy of saved weights, and stop"
     )
     add("--epochs", cli.number(int, 1, 10_000), "passes over the training images")
     add("--hidden", cli.number(int, 1, 100_000), "hidden units")
-    add("--batch-size", cli.number(int, 1, 1_000_000), "images a batch")
-    add("--rate", cli.number(float, 1e-6, 1e6), "what multiplies the updates")
-    add("--decay", cli.number(float, 1e-6, 1), "what multiplies the rate after each epoch")
-    add("--gain", cli.number(float, 1e-6, 1), "the chance of a white pixel to spike at a step")
+    add("--batch-size", cli.number(int, 1, 1_000_000), "images per batch")
+    add("--rate", cli.number(float, 1e-6, 1e6), "learning rate, the factor on all updates")
+    add("--decay", cli.number(float, 1e-6, 1), "factor on the rate after each epoch")
+    add("--gain", cli.number(float, 1e-6, 1), "probability that a white pixel spikes at a step")
     seed = cli.number(int, 0, cli.MAX_SEED)
-    parser.add_argument("--seed", type=seed, default=0, help="of weights, order and input spikes")
+    parser.add_argument("--seed", type=seed, default=0, help="seed for weights, order and input spikes")
     parser.add_argument("--out", type=Path, default=Path("out/bfa_snn"), help="folder to write to")
     parser.add_argument(
         "--validation",
         type=cli.number(float, 0, 0.9),
         default=0.0,
         metavar="SHARE",
-        help="share of the training images held out, to keep the weights of the epoch that does best on them; with 0, "
-        "those of the last epoch",
+        help="share of the training images to hold out; the weights of the epoch that does best on them are kept, "
+        "with 0 those of the last epoch",
     )
     options = parser.parse_args(arguments)
     for key, value in (BUNDLED if options.data is None else MNIST).items():
@@ -387,12 +387,12 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[cli.Parser, Any]:
     return parser, options
 
 
-def told(accuracy: Evidence) -> str:
+def percentages(accuracy: Evidence) -> str:
     return ", ".join(f"{share:.2%} by {name.replace('_', ' ')}" for name, share in accuracy._asdict().items())
 
 
 def table(history: list[Epoch]) -> str:
-    """A line an epoch: percentages of the training images while learning, then of held-out and test images."""
+    """One line per epoch: accuracy on the training images while learning, then on held-out and test images."""
     lines = [
         f"{'epoch':>5}{'learning':>10}{'validation':>12}{'test: current':>15}{'spikes':>10}{'all':>10}{'seconds':>10}"
     ]
@@ -405,10 +405,10 @@ def table(history: list[Epoch]) -> str:
     return "\n".join(lines)
 
 
-def compared(options: Any, digits: Digits) -> str:
-    """What to hold the accuracy against."""
+def comparison(options: Any, digits: Digits) -> str:
+    """A figure to compare the accuracy with."""
     if options.data is not None:
-        return "96.28% of MNIST published for this network, by all spikes and with the best epoch on validation images"
+        return "96.28% on MNIST published for this network, by all spikes, for the best epoch on validation images"
     from sklearn.linear_model import LogisticRegression
 
     line = LogisticRegression(max_iter=1000).fit(digits.x_train, digits.y_train)
@@ -423,7 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n_train, n_inputs = digits.x_train.shape
         if options.eval is not None:
             weights = load_weights(options.eval, n_inputs)
-            print(f"test accuracy {told(accuracy(init_cells(weights.b1.size), weights, digits.x_test, digits.y_test))}")
+            test = accuracy(init_cells(weights.b1.size), weights, digits.x_test, digits.y_test)
+            print(f"test accuracy {percentages(test)}")
             return
         n_held = round(options.validation * n_train)
         if options.batch_size > n_train - n_held:
@@ -440,12 +441,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(history))
     kept = best_epoch(history)
     trained = accuracy(init_cells(options.hidden), weights, digits.x_train, digits.y_train)
-    print(f"weights of epoch {kept + 1}")
-    print(f"train accuracy {told(trained)}")
+    print(f"kept the weights of epoch {kept + 1}")
+    print(f"train accuracy {percentages(trained)}")
     if (validation := history[kept].validation) is not None:
-        print(f"validation accuracy {told(validation)}")
-    print(f"test accuracy {told(history[kept].test)}")
-    print(f"for comparison: {compared(options, digits)}")
+        print(f"validation accuracy {percentages(validation)}")
+    print(f"test accuracy {percentages(history[kept].test)}")
+    print(f"for comparison: {comparison(options, digits)}")
     print(f"weights.npz and bfa_snn.png are in {options.out}")
 
 

@@ -1,4 +1,4 @@
-"""What the scripts share: the command line, files that are whole, and how Ctrl-C or a missing package ends them."""
+"""Shared by the scripts: options, files that are never half written, and how Ctrl-C or a missing package ends them."""
 
 import argparse
 import contextlib
@@ -14,11 +14,11 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-MAX_SEED = 2**32 - 1  # jax.random.key takes no more bits
+MAX_SEED = 2**32 - 1  # jax.random.key accepts no larger seed
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells each default, where there is one."""
+    """Shows each default, where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         no_default = action.default is None or action.default is False
@@ -26,7 +26,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells defaults in its help, and what is wrong in one line with exit code 2."""
+    """Shows defaults in its help, and reports errors in one line with exit code 2."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Help, **options)
@@ -35,14 +35,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def check_steps(self, duration: float, dt: float) -> None:
-        """Refuses runs of hardly a step, and of so many that they would not end."""
+        """Refuses runs of too few steps to show anything, and of too many to finish."""
         if not 10 <= duration / dt <= 1e6:
             self.error("--duration: expected 10 to 1000000 steps of --dt")
 
     def probe(self, folder: Path) -> None:
-        """Makes the folder, and for a moment a file in it: only so is it known, before the work, that results will go.
+        """Creates the folder and, briefly, a file in it, to make sure before the work that results can be written.
 
-        Permissions do not tell it: they say nothing of a disk that is mounted read-only, and do not bind root.
+        Permissions are not enough: they say nothing about a disk that is mounted read-only, and do not bind root.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
-    """What argparse needs to read a number of that kind from low to high, both included."""
+    """An argparse type that reads a number of that kind from low to high, both included."""
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -68,7 +68,7 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
 
 @contextlib.contextmanager
 def saved(path: Path) -> Iterator[IO[Any]]:
-    """A binary file that is there under its name only once it is written to the end."""
+    """A binary file that appears under its name only once it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -79,9 +79,9 @@ def saved(path: Path) -> Iterator[IO[Any]]:
 
 
 def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of those names; OSError or ValueError, in one line, for a file that does not hold them."""
+    """The arrays of those names; OSError or a ValueError of one line for a file that does not hold them."""
     try:
-        with open(path, "rb") as file, np.load(file) as arrays:  # an .npy has no such context: TypeError
+        with open(path, "rb") as file, np.load(file) as arrays:  # an .npy is not a context manager: TypeError
             if missing := set(keys) - set(arrays):
                 raise ValueError(f"no {', '.join(sorted(missing))} among its keys ({', '.join(arrays)})")
             return {key: arrays[key] for key in keys}
@@ -90,7 +90,7 @@ def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def check_weights(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any], network: str) -> None:
-    """ValueError where an array has not the shape and the dtype of its like, which are those for such a network."""
+    """ValueError if an array does not have the shape and dtype of the one in `like`, the weights of such a network."""
     for name, leaf in like.items():
         array = arrays[name]
         if array.shape != leaf.shape or array.dtype != leaf.dtype:
@@ -108,8 +108,8 @@ def _end(kind: type[BaseException], error: BaseException, traceback: TracebackTy
         return sys.__excepthook__(kind, error, traceback)
     sys.stdout.flush()
     print(f"{name}: interrupted; the files written so far are kept", file=sys.stderr, flush=True)
-    os._exit(130)  # the usual way out would wait for the other processes of a sweep
+    os._exit(130)  # a normal exit would wait for the other processes of a sweep
 
 
-# Not around main: the imports, which take seconds, are to end in one line too. Scripts import this module first.
+# Scripts import this module first, so that the hook also covers their other imports, which take seconds.
 sys.excepthook = _end

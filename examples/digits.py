@@ -24,19 +24,19 @@ class Digits(NamedTuple):
 
 
 def load(path: Path | None = None) -> Digits:
-    """Reads the digits that scikit-learn brings, an .npz with MNIST's keys, or a folder of IDX files.
+    """Reads the digits bundled with scikit-learn, an .npz with MNIST's keys, or a folder of IDX files.
 
     Args:
         path: an .npz of x_train [n, h, w], y_train [n], x_test, y_test; or a folder with train-images*, train-labels*,
             t10k-images*, t10k-labels*, gzip'd or not; None for scikit-learn's, of which a fifth, drawn with a fixed
-            seed, is for the test. Integer images are in 0 .. 255, others in [0, 1].
+            seed, is the test set. Integer images are in 0 .. 255, others in [0, 1].
 
     Returns:
         The digits.
 
     Raises:
-        OSError: a file is not there or cannot be read.
-        ValueError: a file does not hold what it should.
+        OSError: a file is missing or cannot be read.
+        ValueError: a file does not have the expected content.
     """
     if path is None:
         return _bundled()

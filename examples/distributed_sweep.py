@@ -1,13 +1,13 @@
-"""A sweep shared out between processes, on one machine or many; each writes its own shards.
+"""A sweep split among processes, on one machine or many; each writes its own shards.
 
-    python examples/distributed_sweep.py --out out/sweep                    alone
+    python examples/distributed_sweep.py --out out/sweep                    one process
     python examples/distributed_sweep.py --out out/sweep --coordinator HOST:PORT --processes 2 --process 0   and 1
-    srun python examples/distributed_sweep.py --out out/sweep --cluster     under SLURM, Kubernetes, ...: found by JAX
+    srun python examples/distributed_sweep.py --out out/sweep --cluster     JAX finds them: SLURM, Kubernetes
 
-Shard k belongs to process k modulo their number. A shard is there under its name only once it is whole, so that a run
-that was cut off, by a process that died for one, goes on where it stopped when it is started again, with as many
-processes as you like: shards that are there are neither lost nor run again. `--out` has to be a folder that all share.
-Once all are there, process 0 puts them together in sweep.npz: the parameters of each point and its units' spike counts.
+Shard k belongs to process k modulo the number of processes. A shard appears under its name only once it is complete.
+So a run that was interrupted, for example because a process died, continues where it stopped when started again, with
+any number of processes: finished shards are neither lost nor run again. `--out` must be a folder that all processes
+share. At the end process 0 joins the shards in sweep.npz: the parameters of each point and its units' spike counts.
 """
 
 import argparse
@@ -31,7 +31,7 @@ N_UNITS, DT = 100, 0.25
 
 
 def points(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The same on every process: nothing about the sweep has to be sent."""
+    """All points of the sweep, computed by every process, so that none has to be sent."""
     side = args.side
     axes = {
         "tau_m": np.linspace(5, 40, side),
@@ -42,7 +42,7 @@ def points(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def counts(args: argparse.Namespace, over: dict[str, np.ndarray]) -> np.ndarray:
-    """The spikes of each unit at each of these points; unit n gets a constant current of its own."""
+    """The spike count of each unit at each of these points; each unit has its own constant current."""
     params = slif.init_params(jax.random.key(0), N_UNITS, tau_m=20.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
     currents = jnp.broadcast_to(jnp.linspace(0, 4, N_UNITS), (args.steps, N_UNITS))
     _, out = slif.sweep(params, currents, over=over, dt=DT, record=("spike_count",))
@@ -50,13 +50,13 @@ def counts(args: argparse.Namespace, over: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def fingerprint(args: argparse.Namespace) -> str:
-    """Of all that decides on the numbers: shards of another sweep are not taken for this one's."""
+    """A hash of all that determines the numbers, so that shards of another sweep are not taken for this one's."""
     setting = {"side": args.side, "steps": args.steps, "shards": args.shards, "slif": slif.__version__}
     return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read(path: Path, mark: str) -> np.ndarray | None:
-    """A finished shard's counts; None where there is none yet."""
+    """The counts of a finished shard; None if there is none yet."""
     if not path.exists():
         return None
     try:
@@ -69,21 +69,21 @@ def read(path: Path, mark: str) -> np.ndarray | None:
 
 
 def check_folder(args: argparse.Namespace) -> None:
-    """OSError or ValueError for a shard that is damaged or another sweep's, whatever its number."""
+    """OSError or ValueError for a shard, of any number, that is damaged or belongs to another sweep."""
     for path in sorted(args.out.glob("shard_*.npz")):
         read(path, fingerprint(args))
 
 
 def run_shards(args: argparse.Namespace) -> list[Path]:
-    """Runs those of this process that are not there yet; tells where all of them are."""
+    """Runs the shards of this process that are not finished yet; returns the paths of all shards."""
     over, mark = points(args), fingerprint(args)
     size = -(-(args.side**3) // args.shards)
     paths = [args.out / f"shard_{k:05}.npz" for k in range(args.shards)]
     for k in range(jax.process_index(), args.shards, jax.process_count()):
         if read(paths[k], mark) is not None:
-            print(f"shard {k} is there", flush=True)
+            print(f"shard {k} already finished", flush=True)
             continue
-        # The last shard is filled up with its last point, so that one program serves all.
+        # The last shard is padded with its last point, so that one compiled program serves all.
         index = np.minimum(np.arange(k * size, (k + 1) * size), args.side**3 - 1)
         kept = max(min((k + 1) * size, args.side**3) - k * size, 0)
         result = counts(args, {name: x[index] for name, x in over.items()})[:kept]
@@ -111,19 +111,21 @@ def connect(args: argparse.Namespace) -> None:
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(description="A parameter sweep shared out between processes.")
+    parser = cli.Parser(description="A parameter sweep split among processes.")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder for the shards and sweep.npz")
     parser.add_argument("--side", type=cli.number(int, 1, 200), default=12, help="values on each of the three axes")
     parser.add_argument("--steps", type=cli.number(int, 1, 1_000_000), default=4000, help="steps of 0.25 ms")
     parser.add_argument(
-        "--shards", type=cli.number(int, 1, 99_999), default=16, help="parts that the points are cut into"
+        "--shards", type=cli.number(int, 1, 99_999), default=16, help="parts that the points are split into"
     )
     parser.add_argument("--coordinator", default="localhost:12355", help="address of process 0")
-    parser.add_argument("--processes", type=cli.number(int, 1, 99_999), help="how many there are; 1 if not given")
-    parser.add_argument("--process", type=cli.number(int, 0, 99_998), help="the number of this one, from 0")
+    parser.add_argument("--processes", type=cli.number(int, 1, 99_999), help="number of processes; 1 if not given")
+    parser.add_argument("--process", type=cli.number(int, 0, 99_998), help="index of this process, from 0")
     parser.add_argument("--cluster", action="store_true", help="let JAX find the other processes")
     timeout = cli.number(int, 1, 86_400)
-    parser.add_argument("--timeout", type=timeout, default=60, help="seconds after which a silent process is lost")
+    parser.add_argument(
+        "--timeout", type=timeout, default=60, help="seconds after which a silent process counts as lost"
+    )
     args = parser.parse_args(arguments)
     if args.cluster and (args.process is not None or args.processes is not None):
         parser.error("--cluster finds the processes itself: leave out --processes and --process")
@@ -148,14 +150,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_options(arguments)
     start = time.perf_counter()
     connect(args)
-    multihost_utils.sync_global_devices("start")  # opens the connections while all are here
+    multihost_utils.sync_global_devices("start")  # opens the connections while all processes are alive
     paths = run_shards(args)
     try:
         multihost_utils.sync_global_devices("shards")
     except Exception as error:
         print(f"A process was lost; its shards are missing. Start the run again to go on. ({error})", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)  # the usual way out would wait for the process that is gone
+        os._exit(1)  # a normal exit would wait for the lost process
     if jax.process_index() == 0:
         finish(args, paths)
         n = jax.process_count()

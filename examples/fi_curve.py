@@ -1,4 +1,4 @@
-"""Firing rate against current, over a grid of parameters, beside what theory says.
+"""Firing rate against current, over a grid of parameters, compared with theory.
 
     python examples/fi_curve.py                  a table and out/fi_curve/fi_curve.png
 
@@ -7,10 +7,10 @@ I, where R I > thr, at the rate
 
     1 / (t_ref + tau ln(R I / (R I - thr))).
 
-Each unit gets its own current, and one sweep runs all settings. The rate is that between the first spike and the last,
-so that the way to the first one, from rest, does not count. The second panel holds the cell of Samadi, Lillicrap and
-Tweed (2017), whose sticky spikes stay up for t_ref: the share of the time that they are up, beside 0.82 tanh(0.08 j).
-The picture says why these differ.
+Each unit gets its own current, and one sweep runs all settings. The rate is measured between the first spike and the
+last, so that the time from rest to the first does not count. The second panel shows the cell of Samadi, Lillicrap and
+Tweed (2017), whose sticky spikes stay up for t_ref: the share of the time that they are up, compared with
+0.82 tanh(0.08 j). The picture says why these differ.
 """
 
 from pathlib import Path
@@ -29,9 +29,9 @@ PAPER = {"tau_m": 20.0, "resist_m": 1.0, "thr": 0.4, "refract_time": 1.0, "thr_j
 PAPER_DT, PAPER_CURRENTS = 0.25, np.linspace(0.25, 30, 120, dtype=np.float32)
 WHY_THEY_DIFFER = """Dots: a period is a whole number of steps, and
 the spike is up for 4 of them: 4/5, 4/6, 4/7, ...
-Theory: the same cell as steps get short.
-tanh: what the paper puts in place of the cell's
-own curve, to have a smooth surrogate gradient."""
+Theory: the same cell in the limit of short steps.
+tanh: what the paper uses instead of the cell's
+own curve, for a smooth surrogate gradient."""
 
 
 def analytic(current: Any, tau_m: Any, thr: Any, refract_time: Any, resist_m: float = 1.0) -> np.ndarray:
@@ -43,7 +43,7 @@ def analytic(current: Any, tau_m: Any, thr: Any, refract_time: Any, resist_m: fl
 
 
 def simulated(over: dict[str, Any], dt: float, duration: float, currents: np.ndarray = CURRENTS) -> np.ndarray:
-    """The rate of each unit at each point, [P, N], per ms; 0 where there are no two spikes to measure between."""
+    """The rate of each unit at each point, [P, N], per ms; 0 where there are fewer than two spikes."""
     n = len(currents)
     params = slif.init_params(jax.random.key(0), n, tau_m=20.0, resist_m=1.0, thr=0.4, thr_jitter=0.0)
     j = jnp.broadcast_to(currents, (round(duration / dt), n))
@@ -54,7 +54,7 @@ def simulated(over: dict[str, Any], dt: float, duration: float, currents: np.nda
 
 
 def deviations(rates: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """The largest deviation of each point over its currents, as a share of its largest rate."""
+    """The largest deviation at each point over all currents, as a share of the largest rate at that point."""
     return np.abs(rates - expected).max(-1) / expected.max(-1)
 
 
@@ -89,7 +89,7 @@ def plot(over: dict[str, np.ndarray], rates: np.ndarray, dt: float, file: IO[byt
     left.legend(fontsize=8, frameon=False)
     share = PAPER["refract_time"] * analytic(PAPER_CURRENTS, PAPER["tau_m"], PAPER["thr"], PAPER["refract_time"])
     right.plot(PAPER_CURRENTS, paper_curve(), "o", color="C0", ms=2.5, label=f"simulated, dt = {PAPER_DT:g} ms")
-    right.plot(PAPER_CURRENTS, share, color="C1", label="theory, dt to 0")
+    right.plot(PAPER_CURRENTS, share, color="C1", label="theory, dt -> 0")
     right.plot(PAPER_CURRENTS, 0.82 * np.tanh(0.08 * PAPER_CURRENTS), color="C2", label="0.82 tanh(0.08 j)")
     right.text(0.98, 0.04, WHY_THEY_DIFFER, transform=right.transAxes, ha="right", va="bottom", fontsize=8)
     right.set(xlabel="current j", ylabel="share of time with a spike up")
@@ -102,9 +102,9 @@ def plot(over: dict[str, np.ndarray], rates: np.ndarray, dt: float, file: IO[byt
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = cli.Parser(description="Firing rate against current, simulated and by theory.")
+    parser = cli.Parser(description="Firing rate against current, in simulation and in theory.")
     parser.add_argument("--dt", type=cli.number(float, 0.001, 2), default=0.05, help="length of a step, ms")
-    parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=1000.0, help="of each run, ms")
+    parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=1000.0, help="length of each run, ms")
     parser.add_argument("--out", type=Path, default=Path("out/fi_curve"), help="folder for fi_curve.png")
     args = parser.parse_args(arguments)
     parser.check_steps(args.duration, args.dt)
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     expected = analytic(CURRENTS, tau, thr, refract)
     steps = (4 * args.dt, 2 * args.dt, args.dt)
     rates = {dt: simulated(over, dt, args.duration) for dt in steps}
-    print("Largest deviation from theory, as a share of the largest rate, by the length of a step")
+    print("Largest deviation from theory as a share of the largest rate, by step length in ms")
     print(f"{'tau_m':>8}{'thr':>6}{'refract_time':>14}" + "".join(f"{f'dt {dt:g}':>10}" for dt in steps))
     table = np.stack([deviations(rates[dt], expected) for dt in steps], -1)
     for k, row in enumerate(table):

@@ -1,9 +1,9 @@
-"""One neuron under a current that comes and goes: a table of its first steps, and its traces.
+"""One neuron under a current that switches on and later halves: a table of its first steps, and its traces.
 
     python examples/single_neuron.py
     python examples/single_neuron.py --current 1.5 --refract-time 5 --sticky
 
-The threshold rises with every spike and leaks back, so the neuron fires fast at first and then slower.
+The threshold rises with every spike and leaks back, so the neuron fires fast at first and then more slowly.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RECORD = ("j", "u", "v", "thr", "rfr", "s")
 
 
 def current(n_steps: int, dt: float, height: float) -> Array:
-    """Nothing, then the full height from a tenth to seven tenths of the time, then half of it."""
+    """Zero, then the full height from a tenth to seven tenths of the time, then half of it."""
     share = jnp.arange(n_steps) * dt / (n_steps * dt)
     return height * jnp.where(share < 0.1, 0.0, jnp.where(share < 0.7, 1.0, 0.5))[:, None]
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--refract-time", type=cli.number(float, 0, 1000), default=3.0, help="refractory period, ms")
     parser.add_argument("--sticky", action="store_true", help="hold the output at 1 while refractory")
     parser.add_argument("--dt", type=cli.number(float, 0.001, 10), default=0.5, help="length of a step, ms")
-    parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=300.0, help="of the run, ms")
+    parser.add_argument("--duration", type=cli.number(float, 1, 1e5), default=300.0, help="length of the run, ms")
     parser.add_argument("--out", type=Path, default=Path("out/single_neuron"), help="folder for single_neuron.png")
     args = parser.parse_args(arguments)
     parser.check_steps(args.duration, args.dt)

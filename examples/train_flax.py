@@ -1,11 +1,11 @@
-"""A Flax model of spiking neurons learns handwritten digits by surrogate gradients.
+"""A Flax model of spiking neurons learns handwritten digits with surrogate gradients.
 
     python examples/train_flax.py                            scikit-learn's bundled 8x8 digits, no download
     python examples/train_flax.py --data mnist.npz --surrogate arctan --framework nnx
     python examples/train_flax.py --eval out/train_flax/weights.npz    test accuracy of weights saved before
 
 Dense -> SLIF -> Dense -> SLIF: an image drives the first layer as a constant current, and the spike counts of the last
-are the logits. Over seeds 0 .. 7 that tells 97.2 to 98.9 % of the bundled digits' test images with the secant, and
+are the logits. Over seeds 0 .. 7 it classifies 97.2 to 98.9 % of the bundled digits' test images with the secant, and
 97.8 to 99.2 % with arctan.
 """
 
@@ -34,14 +34,14 @@ SURROGATES = {
     make.__name__: make
     for make in (slif.secant, slif.arctan, slif.fast_sigmoid, slif.sigmoid, slif.triangular, slif.boxcar, slif.gaussian)
 }
-# A unit fires from a current of thr on, and at every step from thr * tau_m / dt on: about the range of Dense's outputs.
+# A unit fires above a current of thr, and at every step above thr * tau_m / dt: about the range of Dense's outputs.
 NEURONS: dict[str, Any] = {"dt": 1.0, "tau_m": 5.0, "resist_m": 1.0, "thr": 0.4}
 # The secant has no gradient at negative currents: a class whose current starts there would never learn to fire.
 OUTPUT_BIAS = 1.0
 N_STEPS = 20
 
-# What is saved: the leaves of the variables, in the order in which both frameworks keep them, so that either evaluates
-# what the other has learned. The thresholds are not trained, but drawn with some jitter, to which the weights are fit.
+# What is saved: the leaves of the variables, in the order in which both frameworks keep them, so that either can
+# evaluate what the other has learned. Thresholds are drawn with jitter and not trained; the weights adapt to them.
 WEIGHTS = ("bias1", "kernel1", "bias2", "kernel2", "thr1", "thr2")
 
 Apply = Callable[..., Any]  # (variables, images [..., D]) -> logits [..., 10]
@@ -100,7 +100,7 @@ def save_weights(path: Path, params: Any) -> None:
 
 
 def load_model(args: argparse.Namespace, n_inputs: int) -> tuple[Any, Apply]:
-    """The network with the weights of a file, as many hidden units as they are for."""
+    """The network with the weights of a file, which determine the number of hidden units."""
     arrays = cli.read_npz(args.eval, WEIGHTS)
     params, apply = make_model(args, n_inputs, max(arrays["bias1"].size, 1))
     leaves, structure = jax.tree.flatten(params)
@@ -111,7 +111,7 @@ def load_model(args: argparse.Namespace, n_inputs: int) -> tuple[Any, Apply]:
 def make_accuracy(apply: Apply) -> Callable[..., Array]:
     @jax.jit
     def accuracy(params, x, y):
-        # Batches of the test set bound the memory that the rasters take.
+        # Batches of the test set limit the memory for the rasters.
         logits = jax.lax.map(lambda image: apply(params, image), x, batch_size=1000)
         return (logits.argmax(-1) == y).mean()
 
@@ -142,7 +142,7 @@ def make_epoch(apply: Apply, optimiser: optax.GradientTransformation, batch_size
 
 
 def train(args: argparse.Namespace, data: Digits) -> list[dict[str, float]]:
-    """Trains the network and saves its weights after each epoch, which gives one row of figures."""
+    """Trains the network and saves its weights after each epoch; returns one row of figures per epoch."""
     x_train, y_train, x_test, y_test = map(jnp.asarray, data[:4])
     params, apply = make_model(args, x_train.shape[1], args.hidden)
     n_batches = len(x_train) // args.batch_size
@@ -181,7 +181,7 @@ def table(args: argparse.Namespace, history: list[dict[str, float]]) -> str:
         ("loss", f"{last['loss']:.4f}"),
         ("train accuracy", f"{last['train']:.2%}"),
         ("test accuracy", f"{last['test']:.2%}"),
-        ("seconds an epoch", f"{seconds:.2f}"),
+        ("seconds per epoch", f"{seconds:.2f}"),
         ("first epoch, with compilation", f"{history[0]['seconds']:.2f}"),
     ]
     return "\n".join(line(*row) for row in rows)
@@ -199,7 +199,7 @@ def plot(args: argparse.Namespace, history: list[dict[str, float]], file: IO[byt
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     figure.suptitle(f"Dense - SLIF - Dense - SLIF, {args.hidden} hidden units, {args.surrogate} surrogate")
     left.plot(epochs, [row["loss"] for row in history], color="C2", marker=marker)
-    # A single value has no decade of a logarithmic axis around it to be read off.
+    # Around a single value a logarithmic axis has too few ticks to read it off.
     left.set(xlabel="epoch", ylabel="training loss (cross-entropy)", yscale="log" if len(epochs) > 1 else "linear")
     for name, color in (("train", "C0"), ("test", "C1")):
         final = f"{name}, {history[-1][name]:.2%} at the end"
@@ -207,7 +207,7 @@ def plot(args: argparse.Namespace, history: list[dict[str, float]], file: IO[byt
     right.set(xlabel="epoch", ylabel="accuracy, %")
     right.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False, fontsize=9
-    )  # where no curve is
+    )  # clear of the curves
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
         axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
@@ -221,28 +221,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        help="an .npz with MNIST's keys, or a folder of its IDX files; scikit-learn's 8x8 digits if not given",
+        help="an .npz with MNIST's keys, or a folder of its IDX files (default scikit-learn's 8x8 digits)",
     )
     parser.add_argument(
-        "--eval", type=Path, metavar="WEIGHTS", help="tell the test accuracy of saved weights, and stop"
+        "--eval", type=Path, metavar="WEIGHTS", help="print the test accuracy of saved weights, and stop"
     )
     size = cli.number(int, 1, 100_000)
-    parser.add_argument("--framework", choices=("linen", "nnx"), default="linen", help="Flax's API")
+    parser.add_argument("--framework", choices=("linen", "nnx"), default="linen", help="which API of Flax")
     parser.add_argument(
-        "--surrogate", choices=SURROGATES, default="secant", help="what replaces the derivative of the spike"
+        "--surrogate", choices=SURROGATES, default="secant", help="surrogate for the derivative of a spike"
     )
-    parser.add_argument("--epochs", type=size, help="passes over the training images; 60, or 5 with --data")
-    parser.add_argument("--hidden", type=size, help="hidden units; 256, or 512 with --data")
-    parser.add_argument("--batch-size", type=size, help="images a batch; 64, or 128 with --data")
+    parser.add_argument("--epochs", type=size, help="passes over the training images (default 60, with --data 5)")
+    parser.add_argument("--hidden", type=size, help="hidden units (default 256, with --data 512)")
+    parser.add_argument("--batch-size", type=size, help="images per batch (default 64, with --data 128)")
     parser.add_argument(
-        "--lr", type=cli.number(float, 1e-9, 10), default=2e-3, help="learning rate, at the start of its cosine decay"
+        "--lr", type=cli.number(float, 1e-9, 10), default=2e-3, help="initial learning rate, before cosine decay"
     )
-    parser.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="of weights and order")
+    parser.add_argument("--seed", type=cli.number(int, 0, cli.MAX_SEED), default=0, help="seed for weights and order")
     parser.add_argument(
         "--out", type=Path, default=Path("out/train_flax"), help="folder for weights.npz and learning_curve.png"
     )
     args = parser.parse_args(arguments)
-    # The bundled digits are a fortieth of MNIST: they need more passes, and a smaller network does.
+    # The bundled digits are a fortieth of MNIST: they need more passes, and a smaller network is enough.
     args.epochs = args.epochs or (5 if args.data else 60)
     args.hidden = args.hidden or (512 if args.data else 256)
     args.batch_size = args.batch_size or (128 if args.data else 64)
@@ -261,10 +261,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.probe(args.out)
     history = train(args, data)
     print(table(args, history))
-    path = args.out / "learning_curve.png"
-    with cli.saved(path) as file:
+    with cli.saved(args.out / "learning_curve.png") as file:
         plot(args, history, file)
-    print(f"{path}, and weights.npz beside it")
+    print(f"weights.npz and learning_curve.png are in {args.out}")
 
 
 if __name__ == "__main__":

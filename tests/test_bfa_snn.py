@@ -326,7 +326,7 @@ def test_the_weights_of_finished_epochs_outlive_an_interrupt(tmp_path, monkeypat
     monkeypatch.undo()
     assert [path.name for path in out.iterdir()] == ["weights.npz"]
     bfa.main(["--eval", str(out / "weights.npz")])
-    assert capsys.readouterr().out == f"test accuracy {bfa.told(*seen)}\n"
+    assert capsys.readouterr().out == f"test accuracy {bfa.percentages(*seen)}\n"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

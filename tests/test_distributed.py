@@ -111,7 +111,7 @@ def test_two_processes_are_one_and_a_rerun_goes_on(example, start, pool, tmp_pat
     (tmp_path / "two" / "shard_00002.npz").unlink()
     (tmp_path / "two" / "sweep.npz").unlink()
     lines = run_alone(example, tmp_path / "two", capsys)
-    assert lines == [f"shard {k} {'done' if k == 2 else 'is there'}" for k in range(8)]
+    assert lines == [f"shard {k} {'done' if k == 2 else 'already finished'}" for k in range(8)]
     jax.tree.map(np.testing.assert_array_equal, content(tmp_path / "two"), alone)
 
 
