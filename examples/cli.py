@@ -103,7 +103,7 @@ def check_weights(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[st
 def _end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     name = Path(sys.argv[0]).name
     if issubclass(kind, ModuleNotFoundError):
-        return print(f'{name}: error: {error}; pip install ".[examples,speech]" brings it', file=sys.stderr)
+        return print(f'{name}: error: {error}; install it with pip install ".[examples,speech]"', file=sys.stderr)
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, traceback)
     sys.stdout.flush()

@@ -62,7 +62,7 @@ def read(path: Path, mark: str) -> np.ndarray | None:
     try:
         shard = cli.read_npz(path, ("fingerprint", "spike_count"))
     except ValueError as error:
-        raise ValueError(f"{error}; delete it, and it will be run again") from error
+        raise ValueError(f"{error}; delete it to have it computed again") from error
     if str(shard["fingerprint"]) != mark:
         raise ValueError(f"{path} belongs to another sweep; choose another --out")
     return shard["spike_count"]
@@ -130,14 +130,14 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     if args.cluster and (args.process is not None or args.processes is not None):
         parser.error("--cluster finds the processes itself: leave out --processes and --process")
     if args.processes is None and args.process is not None:
-        parser.error("--process: give --processes too, how many there are")
+        parser.error("--process: give --processes too, their number")
     args.processes = args.processes or 1
     if args.process is None and args.processes > 1:
-        parser.error("--processes: give --process too, the number of this one")
+        parser.error("--processes: give --process too, the index of this one")
     if args.process is not None and args.process >= args.processes:
         parser.error(f"--process: expected 0 to {args.processes - 1}, got {args.process}")
     if args.shards > args.side**3:
-        parser.error(f"--shards: expected at most {args.side**3}, the points, got {args.shards}")
+        parser.error(f"--shards: expected at most {args.side**3}, the number of points, got {args.shards}")
     parser.probe(args.out)
     try:
         check_folder(args)
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         multihost_utils.sync_global_devices("shards")
     except Exception as error:
-        print(f"A process was lost; its shards are missing. Start the run again to go on. ({error})", file=sys.stderr)
+        print(f"A process was lost; its shards are missing. Run the same command again to continue. ({error})", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # a normal exit would wait for the lost process
     if jax.process_index() == 0:

@@ -71,7 +71,7 @@ def load(path: Path | None) -> tuple[Utterances, Utterances]:
             raise ValueError(f"{path}: expected finite numbers in x")
     classes = np.unique(train.y)
     if not np.array_equal(classes, np.arange(len(classes))) or not np.isin(test.y, classes).all():
-        raise ValueError(f"{path}: expected classes 0 .. K - 1, each of them to train on, got {classes}")
+        raise ValueError(f"{path}: expected classes 0 .. K - 1, each with training utterances, got {classes}")
     if train.x.shape[2] != test.x.shape[2]:
         raise ValueError(f"{path}: {train.x.shape[2]} channels to train on, but {test.x.shape[2]} to test")
     return train, test
@@ -81,7 +81,7 @@ def bundled(part: str) -> Utterances:
     try:
         datasets = importlib.import_module("sktime.datasets")
     except ModuleNotFoundError as error:
-        raise ValueError(f'{error}: pip install ".[speech]" brings the recordings, and --data takes others') from error
+        raise ValueError(f'{error}: get the recordings with pip install ".[speech]", or use your own with --data') from error
     table, speakers = datasets.load_japanese_vowels(part, return_type="nested_univ")  # a series in each cell
     frames = [np.stack(row, axis=-1) for row in table.to_numpy()]
     x = np.zeros((len(frames), max(map(len, frames)), table.shape[1]), np.float32)

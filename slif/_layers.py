@@ -69,7 +69,7 @@ def complete(hyper: Mapping[str, Any], learn: Iterable[str], dt: Any) -> dict[st
     for name in set(learn) - {"inh_weights"}:
         value = hyper[name]
         if value is None:
-            raise ValueError(f"{name}: expected a value to start learning from, got None, for which it follows tau_m")
+            raise ValueError(f"{name}: expected a value to start learning from, got None, which means tau_m / dt")
         if ABOUT[name].stored == "logscale":
             given = _check.as_real(name, value)
             if not isinstance(given, jax.Array) and (given == 0).any():

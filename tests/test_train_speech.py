@@ -151,7 +151,7 @@ BAD_DATA = {
     "no frame": ({"n_test": 0 * GOOD["n_test"]}, "expected lengths of 1 to 9 frames, got 0 to 0"),
     "more frames than there are": ({"n_test": 1 + GOOD["n_test"]}, "expected lengths of 1 to 9 frames, got"),
     "NaN": ({"x_train": GOOD["x_train"] * np.float32("nan")}, "expected finite numbers"),
-    "a class left out": ({"y_train": 2 * GOOD["y_train"]}, "expected classes 0 .. K - 1, each of them to train on"),
+    "a class left out": ({"y_train": 2 * GOOD["y_train"]}, "expected classes 0 .. K - 1, each with training utterances"),
     "an unknown class": ({"y_test": 1 + GOOD["y_test"]}, "expected classes 0 .. K - 1"),
     "other channels": ({"x_test": GOOD["x_test"][..., :2]}, "4 channels to train on, but 2 to test"),
 }
@@ -209,7 +209,7 @@ def test_a_missing_package_is_told_in_one_line(script):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1), run.stderr
     assert run.stderr.startswith(f"{script}: error: ")
-    assert run.stderr.endswith('; pip install ".[examples,speech]" brings it\n')
+    assert run.stderr.endswith('; install it with pip install ".[examples,speech]"\n')
 
 
 def test_the_bundled_utterances(monkeypatch):
