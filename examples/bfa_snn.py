@@ -429,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n_held = round(options.validation * n_train)
         if options.batch_size > n_train - n_held:
             raise ValueError(
-                f"--batch-size: expected at most {n_train - n_held}, the number of training images, got {options.batch_size}"
+                f"--batch-size: expected at most {n_train - n_held} (training images), got {options.batch_size}"
             )
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         multihost_utils.sync_global_devices("shards")
     except Exception as error:
-        print(f"A process was lost; its shards are missing. Run the same command again to continue. ({error})", file=sys.stderr)
+        print(f"A process was lost; its shards are missing. Run it again to continue. ({error})", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # a normal exit would wait for the lost process
     if jax.process_index() == 0:

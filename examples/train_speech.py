@@ -81,7 +81,7 @@ def bundled(part: str) -> Utterances:
     try:
         datasets = importlib.import_module("sktime.datasets")
     except ModuleNotFoundError as error:
-        raise ValueError(f'{error}: get the recordings with pip install ".[speech]", or use your own with --data') from error
+        raise ValueError(f'{error}: pip install ".[speech]" gets the recordings; or give your own as --data') from error
     table, speakers = datasets.load_japanese_vowels(part, return_type="nested_univ")  # a series in each cell
     frames = [np.stack(row, axis=-1) for row in table.to_numpy()]
     x = np.zeros((len(frames), max(map(len, frames)), table.shape[1]), np.float32)
