@@ -34,8 +34,9 @@ class _Layer(nnx.Module):
         self.features, self.dt, self.dtype = features, dt, params.thr.dtype
         self.static = tuple(getattr(params, name) for name in STATIC), params.surrogate.replace(numbers={})
         self.learned = tuple(name for name in names if not name.startswith("fixed_"))
-        for name, value in _layers.stored_values(key, features, hyper, self.learned).items():
-            setattr(self, name, nnx.Param(value))
+        if self.learned:
+            for name, value in _layers.stored_values(key, features, hyper, self.learned).items():
+                setattr(self, name, nnx.Param(value))
         # One array per variable, so that a module can be restored from a pure dict, such as Orbax returns.
         given = {f"fixed_{name}": getattr(params, name) for name in NUMERIC if f"learned_{name}" not in self.learned}
         given |= {f"{_NUMBER}{name}": jnp.asarray(x, self.dtype) for name, x in params.surrogate.numbers.items()}
