@@ -4,6 +4,7 @@ Python and NumPy values are checked in every call, shapes and dtypes of arrays o
 traced. Values on a device are never read back.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -213,7 +214,16 @@ def as_spike_dtype(asked: Any, own: Any) -> np.dtype:
     dtype = _dtype("spike_dtype", own if asked is None else asked, "a dtype")
     if not (is_real(dtype) or dtype == np.dtype(bool)):
         raise TypeError(f"spike_dtype: expected bool, an integer or a floating dtype, got {dtype}")
+    if not _holds_spikes(dtype):
+        raise TypeError(f"spike_dtype: expected a dtype that can represent 0 and 1, got {dtype}")
     return _warn.narrowed("spike_dtype", asked, dtype)
+
+
+@functools.cache
+def _holds_spikes(dtype: np.dtype) -> bool:
+    """Whether 0 and 1 are numbers of this dtype; some of 8 bits or fewer lack one of them."""
+    spikes = np.array([0, 1], np.float32)
+    return np.array_equal(spikes.astype(dtype).astype(np.float32), spikes)
 
 
 def _dtype(name: str, dtype: Any, kind: str) -> Any:

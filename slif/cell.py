@@ -43,11 +43,15 @@ def charge(params: SLIFParams, state: SLIFState, i: Array, dt: Array) -> Array:
     return u if params.surrogate.wrt == "voltage" else lax.stop_gradient(u)
 
 
-def fire(params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array) -> SLIFState:
-    """z = u > thr, and everything that a spike changes."""
+def fire(
+    params: SLIFParams, state: SLIFState, u: Array, i: Array, t: Array, dt: Array, valid: Array | None = None
+) -> SLIFState:
+    """z = u > thr, and everything that a spike changes; rows that are not `valid` are for the caller to freeze."""
     by_current = params.surrogate.wrt == "current"
     x = i if by_current else distance(u, state.thr)
     h = params.surrogate(x)
+    if valid is not None:  # a slope may be infinite where a frozen row stands, and 0 * inf would reach gradients
+        h = jnp.where(valid, h, 0)
     if by_current:  # d s' = h(i) di; all else counts as constant
         params, state, u, t, dt = lax.stop_gradient((params, state, u, t, dt))
     thr, rfr, tols = state.thr, state.rfr, state.tols

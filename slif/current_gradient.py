@@ -20,10 +20,11 @@ def attach_gradient(
     params: SLIFParams, state: SLIFState, currents: Array, valid: Array | None, final: SLIFState, out: dict[str, Array]
 ) -> Result:
     """The final state and the records of a loop on constants, with the derivative of spikes, counts and currents."""
-    if valid is not None:
-        currents = jnp.where(valid, currents, 0)  # so that no NaN in a frozen row reaches a gradient
+    if valid is not None:  # nothing that is not finite in a frozen row may reach a gradient, neither current nor slope
+        currents = jnp.where(valid, currents, 0)
     i = jax.vmap(lambda j: drive(params, state.s, j.astype(state.v.dtype)))(currents)
     slope = jax.vmap(params.surrogate)(i)
+    slope = slope if valid is None else jnp.where(valid, slope, 0)
     if "s" in out and jnp.issubdtype(out["s"].dtype, jnp.floating):
         out["s"] = attach(out["s"], i, slope)
     if "spike_count" in out:
@@ -39,5 +40,6 @@ def attach_gradient(
         return j, j
 
     j, held = lax.scan(hold, state.j, (i, valid))
-    s = jnp.where(valid.any(0), attach(final.s, j, params.surrogate(j)), state.s)
+    last_slope = jnp.where(valid.any(0), params.surrogate(j), 0)
+    s = jnp.where(valid.any(0), attach(final.s, j, last_slope), state.s)
     return final.replace(j=j, s=s), out | ({"j": held} if "j" in out else {})

@@ -421,7 +421,8 @@ def custom(
         raise ValueError(f"wrt: expected 'current' or 'voltage', got {shown(wrt)}")
     for name, number in numbers.items():
         if not isinstance(number, jax.Array):
-            stored(name, as_numbers(name, number), np.float64)
+            value = stored(name, as_numbers(name, number), np.float64)
+            numbers[name] = number if isinstance(number, int | float) else value  # a list is one leaf, as an array is
     with contextlib.suppress(ValueError):  # some callables have no signature
         signature = inspect.signature(fn)
         try:

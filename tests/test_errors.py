@@ -150,6 +150,7 @@ SIMULATE = [
     case("implementation-list", "implementation", TypeError, simulate(implementation=[])),
     case("implementation-array", "implementation", TypeError, simulate(implementation=np.ones(2))),
     case("spike_dtype-key", "spike_dtype", TypeError, simulate(spike_dtype=jax.random.key(0).dtype)),
+    case("spike_dtype-no-zero", "spike_dtype", TypeError, simulate(spike_dtype="float8_e8m0fnu")),
     case("spike_dtype-time", "spike_dtype", TypeError, simulate(spike_dtype="m8[s]")),
     case("record-nested", "record", TypeError, simulate(record=[["s"]])),
 ]

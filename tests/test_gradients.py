@@ -374,6 +374,33 @@ def test_padding_has_no_gradient_and_changes_none(case, kind):
         assert_gradients(actual, expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("wrt", "mechanism"),
+    [("current", "plain"), ("current", "inhibition"), ("current", "feedback"), ("voltage", "feedback")],
+)
+def test_padding_passes_on_no_gradient_where_a_slope_is_infinite(wrt, mechanism):
+    """At i = 0, where frozen rows stand, and at u = thr, where a row at rest stands with thr = 0."""
+    singular = slif.custom(lambda x: jax.lax.rsqrt(jnp.abs(x)), wrt)
+    resist_inh = 0.01 if mechanism == "inhibition" else 0.0
+    params = make_params(n_units=4, surrogate=singular, resist_inh=resist_inh, thr=0.0, thr_jitter=0.0)
+    weights = np.full((4, 4), 0.01, np.float32) if mechanism == "feedback" else None
+    currents, lengths = np.random.default_rng(0).uniform(1, 3, (6, 2, 4)).astype("f4"), np.array([3, 0])
+    valid = np.arange(6)[:, None] < lengths
+
+    def loss(params, x, valid, final):
+        state, out = slif.simulate(params, None, x, dt=1.0, valid=valid, feedback=weights)
+        return out["s"].sum() + (state.s * final).sum()
+
+    gradient = jit_quickly(jax.grad(loss, argnums=(0, 1), allow_int=True))
+    padded, of_padded = gradient(params, currents, valid, jnp.ones((2, 1)))
+    alone, of_alone = gradient(params, currents[:3, :1], np.ones((3, 1), bool), jnp.ones((1, 1)))
+    assert np.isfinite(alone.resist_m)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), padded, alone)
+    np.testing.assert_allclose(of_padded[:3, :1], of_alone, rtol=1e-5)
+    assert not np.any(of_padded[3:])
+    assert not np.any(of_padded[:, 1])
+
+
 @pytest.mark.parametrize(("n_steps", "every"), [(N_STEPS, 1), (N_STEPS, 7), (N_STEPS - 1, 7), (N_STEPS, N_STEPS + 6)])
 def test_checkpointed_gradients_are_the_plain_ones(n_steps, every):
     """24 steps are run in blocks of 6 if 7 are requested; 23, a prime, in three of 7 and a tail of 2."""

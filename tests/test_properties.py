@@ -222,6 +222,8 @@ def test_an_empty_sequence_leaves_the_state():
 def test_an_empty_batch():
     state, out = run(make_params("voltage"), make_currents((5, 0, N_UNITS)))
     assert (state.v.shape, out["s"].shape) == ((0, N_UNITS), (5, 0, N_UNITS))
+    _, in_blocks = run(make_params("voltage"), make_currents((5, 0, N_UNITS)), checkpoint_every=2)
+    assert in_blocks["s"].shape == (5, 0, N_UNITS)
 
 
 def test_a_batch_of_any_shape_is_one_of_rows():

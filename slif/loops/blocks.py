@@ -22,7 +22,9 @@ def scan(body: Callable, carry: Any, xs: Any, every: int | None, unroll: int = 1
         return _turns(body, unroll, carry, xs)
 
     def blocks(carry, xs):
-        carry, ys = lax.scan(block, carry, jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), xs))
+        # Not -1, which JAX cannot infer of an empty batch.
+        xs = jax.tree.map(lambda x: x.reshape(x.shape[0] // every, every, *x.shape[1:]), xs)
+        carry, ys = lax.scan(block, carry, xs)
         return carry, jax.tree.map(lambda y: y.reshape(y.shape[0] * every, *y.shape[2:]), ys)
 
     return _split(blocks, block, length - length % every, carry, xs)

@@ -25,7 +25,7 @@ def run(
     paired = constant and params.refract_time is not None and state.v.dtype in (jnp.float32, jnp.float64)
 
     def fire_where_valid(charged, t, valid):
-        new = fire(params, charged, charged.v, charged.j, t.astype(charged.v.dtype), request.dt)
+        new = fire(params, charged, charged.v, charged.j, t.astype(charged.v.dtype), request.dt, valid)
         return freeze(valid, new, charged)
 
     def body(carry, x):

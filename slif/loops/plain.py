@@ -42,5 +42,5 @@ def masked_step(
     j = freeze(valid, j, jnp.zeros_like(j)).astype(old.v.dtype)
     i = drive(params, old.s, j, feedback)
     u = charge(params, old, i, dt)
-    new = fire(params, old, u, i, t.astype(old.v.dtype), dt)
+    new = fire(params, old, u, i, t.astype(old.v.dtype), dt, valid)
     return freeze(valid, (new, u, new.s), (old, old.v, jnp.zeros_like(new.s)))
