@@ -50,7 +50,8 @@ def init_params(
         sticky_spikes: hold the output at 1 throughout the refractory period.
         thr_jitter: half the range of the uniform jitter of the thresholds, in units of voltage, 0 or more. There
             is a UserWarning if it reaches thr: a unit with a threshold below 0 fires at every step without input.
-        surrogate: the estimator of the spike's derivative; None for `secant()`.
+        surrogate: the estimator of the spike's derivative; None for `secant()`, under which v, tau_m and thr have no
+            gradient.
         dtype: dtype of every leaf; without x64, float64 becomes float32, with a UserWarning. Random draws are float32,
             then cast. bfloat16 is lossy: small changes of v, thr and the clock round away; to save memory, prefer
             bfloat16 currents with float32 params.

@@ -1,4 +1,4 @@
-"""The cell as Flax Linen modules: `SLIFCell` for `nn.RNN`, and `SLIF` for whole sequences."""
+"""The cell as Flax Linen modules: `SLIFCell` for `nn.RNN`, and `SLIF` and `LeakyIntegrator` for whole sequences."""
 
 import dataclasses
 from typing import Any, Literal, Unpack, overload

@@ -124,7 +124,9 @@ class SLIFCell(_Neurons, nnx.RNNCellBase):
             current j moves v by j in a step, as the usual weight initialisers expect.
         refract_time, thr_gain, thr_leak, rho_b, resist_inh: as in `slif.init_params`.
         reset, sticky_spikes, thr_persist, thr_jitter, surrogate, dtype: as in `slif.init_params`.
-        learn: names of the parameters to train, as in `slif.linen.SLIFCell`.
+        learn: names of the parameters to train, stored as in `slif.linen.SLIFCell`: any of "tau_m", "resist_m", "thr",
+            "thr_gain", "thr_leak", "rho_b", "resist_inh" and "inh_weights"; with a surrogate with respect to the
+            current, only "resist_m", "resist_inh" and "inh_weights".
         recurrent: add s @ recurrent_kernel to the inputs, with s the spikes of the previous step.
         recurrent_kernel_init: initialiser of `recurrent_kernel` [N, N], an `nnx.Param`.
         rngs: random streams; only "params" is used.

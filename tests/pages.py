@@ -25,11 +25,6 @@ def recipes(path):
     return {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in texts.items()}
 
 
-def shown(path):
-    """The output that the page shows for its code: the text right below a block."""
-    return "".join(re.findall(r"```python\n(?:(?!```).)*```\n\n```text\n(.*?)```", path.read_text(), re.DOTALL))
-
-
 def run_blocks(blocks, path, names=None):
     """The names after the last block, put into `names`; skips if a package that the blocks need is absent."""
     for words, package in NEEDS.items():

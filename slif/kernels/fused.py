@@ -39,6 +39,7 @@ def run(
         # Mosaic stores predicates as single bits, unlike any array; so spikes are written as bytes, then made bool.
         spike_dtype=jnp.dtype(jnp.uint8) if only_packed or request.spike_dtype == jnp.bool_ else request.spike_dtype,
         masked=request.valid is not None,
+        slope_carried=params.surrogate.wrt == "voltage" or "surrogate" in record,
     )
     ones = (1,) * state.v.ndim
     numbers = jax.tree.map(lambda x: x.reshape(ones[x.ndim :] + x.shape), params.replace(thr=None))

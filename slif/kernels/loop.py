@@ -40,6 +40,7 @@ class Plan:
     record: tuple[str, ...]  # written at each step, [T, M]
     spike_dtype: Any
     masked: bool  # some rows are frozen at some steps
+    slope_carried: bool = True  # with masks: it is recorded, or `simulate` could not compute it from the final state
     keep: bool = False  # the state before each block, [ceil(T / K), M], for the reverse loop
     n_units: int = 0  # M
     width: int = 0  # units per tile, at most M
@@ -47,7 +48,9 @@ class Plan:
     @property
     def carried(self) -> tuple[str, ...]:
         """The fields that the loop carries: those that later steps read, tols, and those that a frozen row repeats."""
-        return FIELDS if self.masked else ("v", "thr", "rfr", "tols")
+        if not self.masked:
+            return ("v", "thr", "rfr", "tols")
+        return FIELDS if self.slope_carried else tuple(name for name in FIELDS if name != "surrogate")
 
     @property
     def differentiated(self) -> tuple[str, ...]:
@@ -129,6 +132,8 @@ def step_of_fields(
 ) -> tuple[SLIFState, dict[str, Array]]:
     """One step from the carried fields: the state after it, and its records that are not fields."""
     unread: dict[str, Any] = dict.fromkeys(FIELDS)
+    if valid is not None:
+        unread["surrogate"] = fields["v"]  # any number, for a slope that is not carried to be frozen to
     new, u, s = masked_step(params, SLIFState(**unread | fields), j, t, dt, valid)
     return new, {"u": u, "s": s}
 
