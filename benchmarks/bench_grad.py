@@ -78,18 +78,18 @@ def check(
     through_reset = params.replace(surrogate=slif.arctan(detach_reset=False))
     inputs = (through_reset, state, jnp.asarray(currents), jnp.asarray(bar))
     through = np.asarray(jax.jit(functools.partial(both, slif_raster))(*inputs)[1])
-    own = (*SURROGATES, "textbook scan")
+    own = (*SURROGATES, "plain scan")
     for (name, returns), (s, gradient, *_) in results.items():
         if name in (*own, *peers.SAME_SPIKES):
             same = np.mean(np.asarray(s) == expected_s)
             assert same > 0.999, f"{name}, {returns}: only {same:.4%} of the spikes agree"
         if name == "slif secant":
             np.testing.assert_allclose(gradient, bar * (i > 0) / np.cosh(0.08 * i), rtol=1e-5)
-        if name in ("slif voltage", "textbook scan", *peers.SAME_SPIKES):
+        if name in ("slif voltage", "plain scan", *peers.SAME_SPIKES):
             reference = through if name in peers.THROUGH_RESET else expected
             close = np.isclose(np.asarray(gradient), reference, rtol=1e-3, atol=1e-5).mean()
             assert close > 0.99, f"{name}, {returns}: only {close:.4%} of the gradient agrees"
-    voltage = results["textbook scan", cases.BOTH][2]
+    voltage = results["plain scan", cases.BOTH][2]
     for name in SURROGATES:
         close = np.isclose(results[name, cases.BOTH][2].v, voltage, rtol=1e-3, atol=1e-5).mean()
         assert close > 0.99, f"{name}: only {close:.4%} of the final voltages agree"
@@ -103,7 +103,7 @@ def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list
     params = cases.make_params(shape[-1])
     state = slif.init_state(params, shape[1])
     for returns, functions in RUNS.items():
-        for name in (*SURROGATES, "textbook scan"):
+        for name in (*SURROGATES, "plain scan"):
             run, gradient = functions["slif" if name in SURROGATES else "textbook"], functions["gradient"]
             arguments = (params.replace(surrogate=SURROGATES.get(name, params.surrogate)), state, x)
             key = name, returns
