@@ -156,7 +156,7 @@ def main() -> None:
         kernels = kernels_of(text, dump[0], known)
         moved = sorted(set(re.findall(r"all-gather|all-reduce|collective-permute|all-to-all", text)))
         memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
-        of_one = alone.setdefault(name.partition(", ")[2], memory * n_devices)
+        of_one = alone.setdefault(name.removeprefix(f"{n_devices} devices, "), memory * n_devices)
         spilt = sum(kernel.spilt for kernel in kernels)
         found = {
             f"{spilt} bytes spilt": spilt > 0,

@@ -15,16 +15,16 @@ WARPGROUP = 128
 WIDE_FROM = 2**17  # units; with fewer, tiles are narrow
 
 
-def width(n_units: int, backwards: bool) -> int:
+def width(n_units: int, n_records: int, backwards: bool) -> int:
     """Units per tile.
 
     Four units per lane make loads of 16 bytes, for which rows must start at a multiple of 16 bytes, and there must be
-    tiles for every multiprocessor. Backwards a tile is half as wide, since a block's states lie in registers: of 255
-    per thread, narrow tiles use 40 to 137 and wide ones 89 to 255, and with four units per lane the backward loop
-    spills 272 bytes (`ahead_of_time/run`). On an H100, one, two and four units per lane and blocks of 8 and 16 steps
-    took the same time to within 10 %, from 2^14 to 2^20 units.
+    tiles for every multiprocessor. On an H100, one, two and four units per lane and blocks of 8 and 16 steps took the
+    same time to within 10 %, from 2^14 to 2^20 units. So tiles are half as wide where registers run out, of which a
+    thread has 255: backwards, where they hold the states of a block (272 bytes would spill), and with more than four
+    records (8 bytes, in masked training on a B200). `ahead_of_time/run` prints registers and spills.
     """
-    lanes = 2 if backwards else 4
+    lanes = 2 if backwards or n_records > 4 else 4
     if n_units % lanes == 0 and n_units >= WIDE_FROM:
         return lanes * WARPGROUP
     return WARPGROUP
