@@ -114,7 +114,8 @@ def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: An
         x = jnp.broadcast_to(x, (*steps, *shape)).reshape(*steps, n)
         return jnp.pad(x, [(0, 0)] * len(steps) + [(0, padded - n)], mode="edge")
 
-    plan = dataclasses.replace(plan, n_units=padded, width=mosaic_gpu.width(padded, len(plan.record), kernel is REVERSE))
+    width = mosaic_gpu.width(padded, len(plan.record), kernel is REVERSE)
+    plan = dataclasses.replace(plan, n_units=padded, width=width)
     outs = launch(kernel.body, plan, jax.tree.map(flat, args), kernel.out_type(plan, args, (padded,)), kernel.name)
     return jax.tree.map(lambda x: x[..., :n].reshape(*x.shape[:-1], *shape), outs)
 
