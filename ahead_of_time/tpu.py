@@ -4,8 +4,9 @@
 
 It needs `pip install "jax[tpu]"`, but no TPU. It prints a line per program: temporary memory, and for every time loop
 
-- waits per iteration: the "dma.done.wait" instructions in its own machine code, apart from those inside the kernels
-  that it calls. Each stops the core until one number has come from the device's memory, most often a scalar parameter.
+- waits per iteration: the "dma.done.wait" instructions for a number in its own machine code, apart from those inside
+  the kernels that it calls. Each stops the core until one number has come from the device's memory, most often a scalar
+  parameter. Those for arrays, which were copied while the core went on, are not counted.
 - cycles per step: XLA's own estimate, the sum of the "estimated_cycles" of its body, which leaves out those waits.
 
 It fails on a wait, and if a forward program takes temporary memory for a whole sequence.
@@ -47,6 +48,7 @@ import slif  # noqa: E402
 from slif import _device  # noqa: E402
 
 BATCH, N_UNITS, DT = 64, 1024, 0.25
+NUMBER = 16  # the size that a wait names for a number, which is copied as 512 bytes; for an f32[1024] it is 128
 
 Program = tuple[str, Callable, tuple[Any, ...]]  # name, function, arguments
 
@@ -92,7 +94,7 @@ def loops(text: str, n_steps: int) -> Iterator[tuple[int, int]]:
 
 
 def waits() -> list[int]:
-    """The waits per iteration of every loop in the machine code of the program that was compiled last."""
+    """The waits for a number per iteration of every loop in the machine code of the program that was compiled last."""
     (file,) = glob.glob(f"{DUMP}/*-TLP-[0-9]*-final_bundles.txt")
     found, inside = [], False
     # A bundle of instructions comes after its address and, in loops, ">".
@@ -101,7 +103,7 @@ def waits() -> list[int]:
             found.append(0)
         inside = bool(nested)
         if inside:
-            found[-1] += bundle.count("dma.done.wait")
+            found[-1] += sum(int(size) <= NUMBER for size in re.findall(r"dma\.done\.wait \[\S+\], (\d+)", bundle))
     return found
 
 
