@@ -88,7 +88,7 @@ def reset_potential(params: SLIFParams, u: Array, thr: Array, z: Array) -> Array
 
 
 def adapt(params: SLIFParams, thr: Array, z: Array) -> Array:
-    """thr' = (thr + z thr_gain) - thr thr_leak, or max(thr + (sum of z - 1) rho_b, 0.025) where rho_b > 0."""
+    """thr' = (thr + z thr_gain) - thr thr_leak, or max(thr + (z.sum() - 1) rho_b, 0.025) where rho_b > 0."""
     adapted = thr
     if params.thr_gain is not None:
         adapted = adapted + z * params.thr_gain
@@ -124,7 +124,7 @@ def step(params: SLIFParams, state: SLIFState, j: Array, t: ArrayLike, dt: Array
         u    = v + ((i - v) * (1 / tau_m)) * dt               if rfr >= refract_time else v
         z    = u > thr
         v'   = 0 if z else u                                  [u - thr if z, with reset="subtract"]
-        thr' = (thr + z * thr_gain) - thr * thr_leak          [max(thr + (sum z - 1) * rho_b, 0.025)   where rho_b > 0]
+        thr' = (thr + z * thr_gain) - thr * thr_leak          [max(thr + (z.sum() - 1) * rho_b, 0.025)  where rho_b > 0]
         rfr' = dt if z else rfr + dt
         s'   = z, or with sticky spikes: 1 while refractory
         tols'= t if s' else tols

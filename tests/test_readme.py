@@ -47,6 +47,10 @@ def test_guides(tmp_path, monkeypatch):
     assert_same(np.concatenate([names["first"]["s"], names["second"]["s"]]), out["s"])
     assert_same(names["sharded_spikes"], out["s"])
     assert names["counts"].shape == (32, 8, 32)
+    mean = [simulate(params.replace(tau_m=jnp.float32(tau_m)), currents)[1]["s"].sum(0).mean() for tau_m in (5, 20)]
+    assert mean[0] > mean[1]
+    assert names["slopes"].shape == (2,)
+    assert np.sign(names["slopes"]).tolist() == np.sign([20 - m for m in mean]).tolist()
 
     # Truncated: the sum over windows of the gradients of each, from the state that the previous ones left.
     expected, state = 0, None
