@@ -129,9 +129,9 @@ def main() -> None:
         waited = waits()
         bad = any(waited) or (function is forward and memory >= sequence)
         failed += bad
-        told = "; ".join(f"{steps} steps per iteration, {cycles} cycles per step" for steps, cycles in found)
+        listed = "; ".join(f"{steps} steps per iteration, {cycles} cycles per step" for steps, cycles in found)
         print(
-            f"{OPTIONS.target:4}{name:36}{memory / 1e6:8.2f} MB, waits {waited}, {told}{'  FAILED' * bad}", flush=True
+            f"{OPTIONS.target:4}{name:36}{memory / 1e6:8.2f} MB, waits {waited}, {listed}{'  FAILED' * bad}", flush=True
         )
     sys.exit(bool(failed))
 

@@ -36,7 +36,7 @@ def slif_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Ar
     return slif_run(params, state, currents)[0]
 
 
-def textbook_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple[jax.Array, jax.Array]:
+def plain_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The obvious scan, differentiated by JAX, with the arc tangent of `slif.arctan` and a detached reset."""
 
     def body(v, j):
@@ -48,8 +48,8 @@ def textbook_run(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.A
     return raster, v
 
 
-def textbook_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> jax.Array:
-    return textbook_run(params, state, currents)[0]
+def plain_raster(params: slif.SLIFParams, state: slif.SLIFState, currents: jax.Array) -> jax.Array:
+    return plain_run(params, state, currents)[0]
 
 
 def both(raster: Callable, params: Any, state: Any, currents: jax.Array, bar: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,8 +63,8 @@ def both_and_state(run: Callable, params: Any, state: Any, currents: jax.Array, 
 
 
 RUNS: dict[str, dict[str, Callable]] = {
-    cases.SPIKES: {"slif": slif_raster, "textbook": textbook_raster, "gradient": both},
-    cases.BOTH: {"slif": slif_run, "textbook": textbook_run, "gradient": both_and_state},
+    cases.SPIKES: {"slif": slif_raster, "plain": plain_raster, "gradient": both},
+    cases.BOTH: {"slif": slif_run, "plain": plain_run, "gradient": both_and_state},
 }
 
 
@@ -104,7 +104,7 @@ def compare(shape: tuple[int, int, int], repeats: int, names: list[str]) -> list
     state = slif.init_state(params, shape[1])
     for returns, functions in RUNS.items():
         for name in (*SURROGATES, "plain scan"):
-            run, gradient = functions["slif" if name in SURROGATES else "textbook"], functions["gradient"]
+            run, gradient = functions["slif" if name in SURROGATES else "plain"], functions["gradient"]
             arguments = (params.replace(surrogate=SURROGATES.get(name, params.surrogate)), state, x)
             key = name, returns
             forward, _ = cases.compile_seconds(run, *arguments)

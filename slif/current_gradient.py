@@ -40,6 +40,6 @@ def attach_gradient(
         return j, j
 
     j, held = lax.scan(hold, state.j, (i, valid))
-    last_slope = jnp.where(valid.any(0), params.surrogate(j), 0)
-    s = jnp.where(valid.any(0), attach(final.s, j, last_slope), state.s)
+    begun = valid.any(0)
+    s = jnp.where(begun, attach(final.s, j, jnp.where(begun, params.surrogate(j), 0)), state.s)
     return final.replace(j=j, s=s), out | ({"j": held} if "j" in out else {})

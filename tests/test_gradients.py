@@ -391,7 +391,7 @@ def test_padding_passes_on_no_gradient_where_a_slope_is_infinite(wrt, mechanism)
         state, out = slif.simulate(params, None, x, dt=1.0, valid=valid, feedback=weights)
         return out["s"].sum() + (state.s * final).sum()
 
-    gradient = jit_quickly(jax.grad(loss, argnums=(0, 1), allow_int=True))
+    gradient = jit_quickly(jax.grad(loss, argnums=(0, 1)))
     padded, of_padded = gradient(params, currents, valid, jnp.ones((2, 1)))
     alone, of_alone = gradient(params, currents[:3, :1], np.ones((3, 1), bool), jnp.ones((1, 1)))
     assert np.isfinite(alone.resist_m)

@@ -16,8 +16,8 @@ GUIDES = ROOT / "examples" / "guides.md"
 def test_readme(tmp_path, monkeypatch, capsys):
     page = ROOT / "README.md"
     names = run_code(page, tmp_path, monkeypatch)
-    *_, printed = capsys.readouterr().out.splitlines()
-    assert re.search(r"print\(.* Hz.*  # (.*)\n", page.read_text())[1] == printed
+    shown = re.search(r"print\(.* Hz.*  # (.*)\n", page.read_text())[1]
+    assert capsys.readouterr().out == f"{names['accuracy']!s}\n{shown}\n"
     assert names["gradient"].shape == names["out"]["v"].shape == (400, 8, 100)
     assert names["gradient"].any()
     assert names["accuracy"] > 0.95

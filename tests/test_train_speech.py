@@ -151,7 +151,7 @@ BAD_DATA = {
     "no frame": ({"n_test": 0 * GOOD["n_test"]}, "expected lengths of 1 to 9 frames, got 0 to 0"),
     "more frames than there are": ({"n_test": 1 + GOOD["n_test"]}, "expected lengths of 1 to 9 frames, got"),
     "NaN": ({"x_train": GOOD["x_train"] * np.float32("nan")}, "expected finite numbers"),
-    "a class left out": ({"y_train": 2 * GOOD["y_train"]}, "expected classes 0 .. K - 1, each with training"),
+    "a class left out": ({"y_train": 2 * GOOD["y_train"]}, "classes 0 .. K - 1, each with training utterances, got"),
     "an unknown class": ({"y_test": 1 + GOOD["y_test"]}, "expected classes 0 .. K - 1"),
     "other channels": ({"x_test": GOOD["x_test"][..., :2]}, "4 channels to train on, but 2 to test"),
 }
