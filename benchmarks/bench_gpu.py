@@ -18,7 +18,6 @@ skipped.
 import argparse
 import functools
 import importlib
-import inspect
 import json
 import math
 import os
@@ -45,7 +44,7 @@ DTYPES = (("float32", "float32"), ("float32", "bool"), ("bfloat16", "float32"), 
 STICKY = {"refract_time": 2.0, "sticky_spikes": True}
 TABLES = ("kernels", "neuron", "layer")
 KERNELS = {"forward": 1, "secant": 1, "voltage": 2}  # per program
-BACKENDS = ("triton", "cuda", "cupy")  # of SpikingJelly: 2.0 has the first two, earlier versions the first and the last
+BACKENDS = ("triton", "cuda")  # of SpikingJelly 2.0
 HALF_STEPS, HALF_SHAPE = tuple(range(4, 33, 4)), (64, 65536)
 FULL_STEPS, FULL_SHAPE = (8, 16, 32, 64, 128), (2**20,)
 LAYER_STEPS, LAYER_BATCH, LAYER_WIDTHS = 500, 16, (4096, 16384)
@@ -227,23 +226,14 @@ def copy_bandwidth(repeats: int, size: int = 2**28) -> float:
 
 
 def spikingjelly(backend: str, program: Program) -> Callable:
-    """Runs its multi-step LIF node with that backend, without a refractory period; returns spikes if given currents.
+    """Runs its multi-step LIF, without a refractory period, by that backend; returns spikes if given currents.
 
-    Call it in a new process: from 2.0 on the variable is read only once; earlier versions use the argument instead.
+    Call it in a new process: the variable is read only once.
     """
     os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = backend
     torch = importlib.import_module("torch")
-    neuron = importlib.import_module("spikingjelly.activation_based.neuron")
-    surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
-    chosen = {"backend": backend} if "backend" in inspect.signature(neuron.LIFNode).parameters else {}
-    node = neuron.LIFNode(
-        tau=cases.TAU_M / cases.DT,
-        v_threshold=cases.THR,
-        surrogate_function=surrogate.ATan(),
-        detach_reset=True,
-        step_mode="m",
-        **chosen,
-    ).cuda()
+    functional = importlib.import_module("spikingjelly.activation_based.functional")
+    surrogate = importlib.import_module("spikingjelly.activation_based.surrogate").ATan()
     training, width = program.kind != "forward", program.shape[-1]
     x = 2 * torch.rand(program.shape, device="cuda").to(getattr(torch, program.dtypes[0]))
     bar = torch.rand_like(x) if training else None
@@ -253,13 +243,18 @@ def spikingjelly(backend: str, program: Program) -> Callable:
     else:
         torch.nn.init.uniform_(linear.weight, 0, 2 / width)
 
+    def spikes(x: Any) -> Any:
+        v = torch.zeros(x.shape[1:], device="cuda")  # its kernels need float32
+        return functional.lif_multi_step(
+            x, v, cases.TAU_M / cases.DT, v_threshold=cases.THR, surrogate_function=surrogate, detach_reset=True
+        )[0]
+
     def run(currents: np.ndarray | None = None) -> Any:
-        node.reset()
         if currents is not None:
             with torch.no_grad():
-                return node(torch.from_numpy(currents).cuda()).cpu()
+                return spikes(torch.from_numpy(currents).cuda()).cpu()
         with torch.set_grad_enabled(training):
-            s = node(x if linear is None else linear(x))
+            s = spikes(x if linear is None else linear(x))
         if training:
             (x if linear is None else linear.weight).grad = None
             s.backward(bar)

@@ -29,6 +29,7 @@ class Request(struct.PyTreeNode):
     record: tuple[str, ...] = struct.field(pytree_node=False, default=("s",))
     spike_dtype: np.dtype = struct.field(pytree_node=False, default=np.dtype("float32"))
     checkpoint_every: int | None = struct.field(pytree_node=False, default=None)
+    at_rest: bool = struct.field(pytree_node=False, default=False)  # no state was passed
 
     @property
     def wide(self) -> Any:

@@ -22,7 +22,7 @@ def as_runtime_values(params: SLIFParams, ndim: int, *clock: Array) -> tuple[SLI
 
 def align(x: Array, ndim: int) -> Array:
     """A scalar as it is; [N] with as many axes as [..., N]."""
-    return x if x.ndim == 0 else x.reshape((1,) * (ndim - 1) + x.shape)
+    return x if x.ndim == 0 else x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def hollow(weights: Array) -> Array:

@@ -93,6 +93,7 @@ def simulate(
         record=_check.as_names("record", record, RECORDS),
         spike_dtype=_check.as_spike_dtype(spike_dtype, dtype),
         checkpoint_every=None if checkpoint_every is None else _check.as_size("checkpoint_every", checkpoint_every, 1),
+        at_rest=state is None,
     )
     _warn.euler(params.tau_m, request.dt)
     _warn.clock(params.refract_time, request.dt, dtype)

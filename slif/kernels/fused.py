@@ -3,16 +3,21 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from slif._mesh import varying
+from slif._mesh import broadcast_like, varying
+from slif.cell import adapts, drive
+from slif.init import at_rest
 from slif.kernels import fallback, interpret, loop, mosaic_gpu
 from slif.kernels.partition import partition, units_shape
 from slif.raster import pack_spikes
@@ -42,7 +47,13 @@ def run(
         slope_carried=params.surrogate.wrt == "voltage" or "surrogate" in record,
     )
     ones = (1,) * state.v.ndim
-    numbers = jax.tree.map(lambda x: x.reshape(ones[x.ndim :] + x.shape), params.replace(thr=None))
+    if request.at_rest:  # all rows are alike, so one is enough
+        n_units = params.n_units
+        state = at_rest(params.replace(thr=jnp.zeros(n_units, jnp.float32)), (*ones[1:], n_units))
+    params = jax.tree.map(lambda x: x.reshape(ones[x.ndim :] + x.shape), params)
+    numbers = params.replace(thr=None)
+    if request.at_rest or not adapts(params):
+        state = state.replace(thr=params.thr)
     inputs = loop.Inputs(
         params=numbers,
         state={name: getattr(state, name) for name in plan.carried},
@@ -54,7 +65,8 @@ def run(
     )
     outs: dict[str, Any] = (_differentiable if params.surrogate.wrt == "voltage" else _forward)(plan, by_name, inputs)
     final = dict(outs["final"])
-    state = SLIFState(**{name: final.pop(name) for name in FIELDS})
+    # `simulate` computes a slope that is left out.
+    state = SLIFState(**{name: final.pop(name, None) for name in FIELDS})
     out = final | outs["record"]
     if "s_packed" in record:
         out["s_packed"] = pack_spikes(out["s"])
@@ -106,38 +118,42 @@ def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: An
     n = math.prod(shape)
     padded = max(n, mosaic_gpu.WARPGROUP)
 
+    width = mosaic_gpu.width(padded, len(plan.record), kernel is REVERSE)
+
     def flat(x: Array) -> Array:
-        """[..., M]; a number shared by all units stays [..., 1]."""
+        """[..., M]; a number shared by all units stays [..., 1], and one for each unit of a row [..., N] if tiles fit."""
         steps = x.shape[: x.ndim - rank]
         if n > 1 and x.size == math.prod(steps):
             return x.reshape(*steps, 1)
+        if x.size == math.prod(steps) * x.shape[-1] and x.shape[-1] % width == 0:
+            return x.reshape(*steps, x.shape[-1])
         x = jnp.broadcast_to(x, (*steps, *shape)).reshape(*steps, n)
         return jnp.pad(x, [(0, 0)] * len(steps) + [(0, padded - n)], mode="edge")
 
-    width = mosaic_gpu.width(padded, len(plan.record), kernel is REVERSE)
     plan = dataclasses.replace(plan, n_units=padded, width=width)
     outs = launch(kernel.body, plan, jax.tree.map(flat, args), kernel.out_type(plan, args, (padded,)), kernel.name)
     return jax.tree.map(lambda x: x[..., :n].reshape(*x.shape[:-1], *shape), outs)
 
 
-def _forward_type(plan: loop.Plan, _: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+def _forward_type(plan: loop.Plan, args: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     def array(dtype: Any, *steps: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*steps, *shape), dtype)
 
+    params = args[0].params
     return {
         "record": {name: array(plan.spike_dtype if name == "s" else jnp.float32, plan.n_steps) for name in plan.record},
-        "final": {name: array(jnp.float32) for name in (*FIELDS, *plan.summaries)},
-        "kept": {name: array(jnp.float32, plan.n_blocks + 1) for name in loop.KEPT if plan.keep},
+        "final": {name: array(jnp.float32) for name in (*plan.final(params), *plan.summaries)},
+        "kept": {name: array(jnp.float32, plan.n_blocks + 1) for name in loop.kept(params) if plan.keep},
     }
 
 
 def _reverse_type(plan: loop.Plan, args: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     inputs, _ = args
     number = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return {
-        "currents": jax.ShapeDtypeStruct((plan.n_steps, *shape), inputs.currents.dtype),
-        "inputs": dict.fromkeys((*plan.differentiated, *loop.trained(inputs.params), "dt"), number),
-    }
+    currents = jax.ShapeDtypeStruct((plan.n_steps, *shape), inputs.currents.dtype)
+    return {"numbers": {name: number for name in plan.wanted if name != "currents"}} | (
+        {"currents": currents} if "currents" in plan.wanted else {}
+    )
 
 
 FORWARD = Kernel("slif_forward", loop.forward, _forward_type, fallback.forward)
@@ -145,7 +161,16 @@ REVERSE = Kernel("slif_reverse", loop.reverse, _reverse_type, fallback.reverse)
 
 
 def _forward(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> dict[str, Any]:
-    return _launch(FORWARD, plan, by_name, (inputs,))
+    outs = _launch(FORWARD, plan, by_name, (inputs,))
+    # What follows from the last step is computed here, where it costs nothing if it is not used: at T = 4 the kernel
+    # takes REPLACE of the time.
+    follows: dict[str, Any] = {}
+    if not plan.masked:
+        last = inputs.currents[-1].astype(jnp.float32)
+        follows = {"thr": broadcast_like(inputs.state["thr"], last), "j": drive(inputs.params, last, last)}
+        if "s" in plan.record:
+            follows["s"] = outs["record"]["s"][-1].astype(jnp.float32)
+    return outs | {"final": follows | outs["final"]}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -153,39 +178,62 @@ def _differentiable(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> dict
     return _forward(plan, by_name, inputs)
 
 
-def _keep(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> tuple[dict[str, Any], Any]:
+class Residuals(struct.PyTreeNode):
+    inputs: loop.Inputs
+    kept: dict[str, Array]
+    wanted: tuple[str, ...] = struct.field(pytree_node=False)
+
+
+def _keep(plan: loop.Plan, by_name: bool, given: loop.Inputs) -> tuple[dict[str, Any], Residuals]:
+    def is_leaf(x: Any) -> bool:
+        return hasattr(x, "perturbed")
+
+    inputs, perturbed = (jax.tree.map(operator.attrgetter(name), given, is_leaf=is_leaf) for name in ("value", "perturbed"))
     outs = _forward(dataclasses.replace(plan, keep=True), by_name, inputs)
-    return outs | {"kept": {}}, (inputs, outs["kept"])
+    candidates = {"currents": perturbed.currents, "dt": perturbed.dt} | {
+        name: getattr(perturbed.params, name) for name in loop.trained(inputs.params)
+    }
+    candidates |= {name: perturbed.state[name] for name in loop.DIFFERENTIATED if name in plan.carried}
+    wanted = tuple(name for name, so in candidates.items() if so)
+    return outs | {"kept": {}}, Residuals(inputs, outs["kept"], wanted)
 
 
-def _pull(plan: loop.Plan, by_name: bool, residuals: Any, cotangents: dict[str, Any]) -> tuple[loop.Inputs]:
-    inputs, kept = residuals
-    given = loop.Cotangents(
-        record={
+def _pull(plan: loop.Plan, by_name: bool, residuals: Residuals, cotangents: dict[str, Any]) -> tuple[loop.Inputs]:
+    inputs, kept, wanted = residuals.inputs, residuals.kept, residuals.wanted
+    of_record, of_final = (
+        {
             name: bar
-            for name, bar in cotangents["record"].items()
-            if name in (*loop.DIFFERENTIATED, "u") and jnp.issubdtype(bar.dtype, jnp.floating)
-        },
-        final={name: cotangents["final"][name] for name in loop.DIFFERENTIATED},
-        spike_count=cotangents["final"].get("spike_count"),
+            for name, bar in cotangents[part].items()
+            if name in names and not isinstance(bar, SymbolicZero) and jnp.issubdtype(bar.dtype, jnp.floating)
+        }
+        for part, names in (("record", (*loop.DIFFERENTIATED, "u")), ("final", (*loop.DIFFERENTIATED, "spike_count")))
     )
-    outs = _launch(REVERSE, plan, by_name, (inputs._replace(state=kept), given))
+    given = loop.Cotangents(record=of_record, spike_count=of_final.pop("spike_count", None), final=of_final)
+    constant = {} if adapts(inputs.params) else {"thr": inputs.state["thr"]}
+    outs = _launch(
+        REVERSE,
+        dataclasses.replace(plan, wanted=wanted),
+        by_name,
+        (inputs._replace(state=kept | constant), given),
+    )
 
-    def like(x: Array, bar: Array) -> Array:
+    def like(x: Array, name: str) -> Array:
+        bar = outs["numbers"][name]
         return bar.sum([n for n, size in enumerate(x.shape) if size == 1], keepdims=True)
 
-    found = outs["inputs"]
-    zeros = jax.tree.map(jnp.zeros_like, inputs._replace(currents=None, valid_bits=None))
-    params = {name: like(getattr(inputs.params, name), found[name]) for name in loop.trained(inputs.params)}
-    state = {name: found[name] for name in plan.differentiated}
+    def gradients(numbers: dict[str, Array]) -> dict[str, Any]:
+        return {name: like(x, name) if name in wanted else None for name, x in numbers.items()}
+
+    params = gradients({name: getattr(inputs.params, name) for name in loop.trained(inputs.params)})
+    none = jax.tree.map(lambda _: None, inputs)
     return (
-        zeros._replace(
-            params=zeros.params.replace(**params),
-            state=zeros.state | state,
-            currents=outs["currents"],
-            dt=like(inputs.dt, found["dt"]),
+        none._replace(
+            params=none.params.replace(**params),
+            state=gradients(inputs.state),
+            currents=outs.get("currents"),
+            **gradients({"dt": inputs.dt}),
         ),
     )
 
 
-_differentiable.defvjp(_keep, _pull)
+_differentiable.defvjp(_keep, _pull, symbolic_zeros=True)

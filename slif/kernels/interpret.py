@@ -18,7 +18,7 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
     def kernel(*refs):
         start = jnp.minimum(pl.program_id(0) * plan.width, plan.n_units - plan.width)
         tile = Tile(
-            units=pl.ds(start, plan.width),
+            slice_of=lambda n: pl.ds(start % n, plan.width),
             load=lambda ref: ref[...],
             fill=lambda x, dtype=jnp.float32: jnp.full((plan.width,), x, dtype),
             # XLA's CPU backend takes minutes to compile a whole block in one piece.

@@ -19,13 +19,13 @@ from jax.experimental import pallas as pl
 
 from slif._attach import attach
 from slif._mesh import varying
+from slif.cell import adapts
 from slif.hyperparameters import ABOUT, NUMERIC
 from slif.kernels.inline import inline_jaxpr
 from slif.loops.plain import masked_step
 from slif.request import SUMMARIES, Request
 from slif.types import FIELDS, SLIFParams, SLIFState
 
-KEPT = ("v", "thr", "rfr")  # what the reverse loop starts a block from
 DIFFERENTIATED = ("v", "thr", "s", "j")  # fields that have a gradient
 TRAINED = tuple(name for name in NUMERIC if ABOUT[name].shape == "units" and ABOUT[name].stored)
 BLOCK = 8  # K: steps whose currents are loaded ahead, and whose states the reverse loop holds in registers
@@ -40,8 +40,9 @@ class Plan:
     record: tuple[str, ...]  # written at each step, [T, M]
     spike_dtype: Any
     masked: bool  # some rows are frozen at some steps
-    slope_carried: bool = True  # with masks: it is recorded, or `simulate` could not compute it from the final state
+    slope_carried: bool = True  # it is recorded, or `simulate` could not compute it from the final state
     keep: bool = False  # the state before each block, [ceil(T / K), M], for the reverse loop
+    wanted: tuple[str, ...] = ()  # inputs whose gradient the reverse loop returns: "currents", or names of numbers
     n_units: int = 0  # M
     width: int = 0  # units per tile, at most M
 
@@ -52,10 +53,17 @@ class Plan:
             return ("v", "thr", "rfr", "tols")
         return FIELDS if self.slope_carried else tuple(name for name in FIELDS if name != "surrogate")
 
-    @property
-    def differentiated(self) -> tuple[str, ...]:
+    def final(self, params: SLIFParams) -> tuple[str, ...]:
+        """The fields that the kernel returns; the others follow from its arguments and results."""
+        left_out = set() if self.slope_carried else {"surrogate"}
+        if not self.masked:
+            left_out |= {"j"} | ({"s"} & set(self.record)) | (set() if adapts(params) else {"thr"})
+        return tuple(name for name in FIELDS if name not in left_out)
+
+    def differentiated(self, params: SLIFParams) -> tuple[str, ...]:
         """The fields that carry a gradient from step to step."""
-        return ("v", "thr", "s", "j") if self.masked else ("v", "thr")
+        of_thr = ("thr",) if adapts(params) or "thr" in self.wanted else ()
+        return ("v", *of_thr, "s", "j") if self.masked else ("v", *of_thr)
 
     @property
     def summaries(self) -> tuple[str, ...]:
@@ -85,7 +93,7 @@ class Inputs(NamedTuple):
     """Inputs of both loops; a number shared by all units has a last axis of 1."""
 
     params: SLIFParams  # [M]
-    state: dict[str, Array]  # Plan.carried, [M]; KEPT, [ceil(T / K), M], for the reverse loop
+    state: dict[str, Array]  # Plan.carried, [M]; for the reverse loop `kept`, [ceil(T / K), M], and thr if it is constant
     currents: Array  # [T, M]
     valid_bits: Array | None  # [ceil(T / K), M] bit k: whether the row is valid at step k of the block
     dt: Array  # [M]
@@ -98,10 +106,16 @@ def trained(params: SLIFParams) -> tuple[str, ...]:
     return tuple(name for name in TRAINED if getattr(params, name) is not None)
 
 
+def kept(params: SLIFParams) -> tuple[str, ...]:
+    """The fields that the reverse loop starts a block from."""
+    of_thr, of_rfr = adapts(params), params.refract_time is not None
+    return ("v", *(("thr",) if of_thr else ()), *(("rfr",) if of_rfr else ()))
+
+
 class Tile(NamedTuple):
     """How a launcher accesses the units of one tile."""
 
-    units: Any  # their slice of M
+    slice_of: Callable[[int], Any]  # their slice of M, or of the N units of a row
     load: Callable[[Any], Array]  # reads a reference [width] into registers
     fill: Callable[..., Array]  # a number in registers of the same layout, as float32 or the given dtype
     part: Callable[[Any], Any] = lambda carry: carry  # separates steps that the compiler must not merge
@@ -114,7 +128,7 @@ class Tile(NamedTuple):
         """The tile's share of [M], or of row k of [T, M]."""
         if ref.shape[-1] == 1:
             return self.fill(ref[*k, 0])
-        x = self.load(ref.at[*k, self.units])
+        x = self.load(ref.at[*k, self.slice_of(ref.shape[-1])])
         # Inside `jax.shard_map` x is typed as varying between devices; the results of Pallas' operations are not.
         return x * 1 if varying(x) else x
 
@@ -142,7 +156,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
     """Runs all T steps of a tile."""
     params = jax.tree.map(tile.number, inputs.params)
     params = params.replace(tau_m=TimeConstant(params.tau_m, tile.number(inputs.inverse_tau)))
-    dt, t0 = tile.number(inputs.dt), tile.number(inputs.t0)
+    dt, t0, units = tile.number(inputs.dt), tile.number(inputs.t0), tile.slice_of(plan.n_units)
     request = plan.request.replace(dt=dt, t0=t0)
 
     def step_and_record(params, carry, j, t, dt, valid):
@@ -159,7 +173,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
             ref = outs["record"][name]
             # Spikes are selected by predicate: converting float32 to an integer clamps it, and is slow.
             x = (x != 0).astype(jnp.int32) if jnp.issubdtype(ref.dtype, jnp.integer) else x
-            ref[k, tile.units] = x.astype(ref.dtype)
+            ref[k, units] = x.astype(ref.dtype)
 
     def load(b, n):
         """The currents of the first n steps of a block, and which rows are valid in them."""
@@ -178,8 +192,8 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
 
     def keep(b, carry):
         if plan.keep:
-            for name in KEPT:
-                outs["kept"][name][b, tile.units] = carry[0][name]
+            for name, ref in outs["kept"].items():
+                ref[b, units] = carry[0][name]
 
     fields = {name: tile.row(inputs.state[name]) for name in plan.carried}
     carry = (fields, request.start_summaries(tile.fill, differentiable=False))
@@ -193,12 +207,13 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
         write(start + n, record)
     carry, record, new = finish(params, tile.part(carry), last, t0 + end * dt, dt, valid_at(bits, end - start))
     write(end, record)
-    for name, x in (request.finish_summaries(carry[1]) | vars(new)).items():
-        outs["final"][name][tile.units] = x
+    final = request.finish_summaries(carry[1]) | vars(new)
+    for name, ref in outs["final"].items():
+        ref[units] = final[name]
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of the results of the forward loop; None stands for zero."""
+    """Cotangents of the results of the forward loop; those left out, or None, are zero."""
 
     record: dict[str, Array]  # [T, M]
     final: dict[str, Array]  # DIFFERENTIATED, [M]
@@ -209,26 +224,33 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
     """Runs all T steps of a tile backwards; each block first runs forwards again, from the state that was kept."""
     params = jax.tree.map(tile.number, inputs.params)
     zero = tile.fill(0)  # added to a shared number, it makes one per unit: their cotangents are summed outside
-    per_unit = {name: getattr(params, name) + zero for name in trained(params)}
-    dt = tile.number(inputs.dt) + zero
-    unread = dict.fromkeys(FIELDS if plan.masked else ("tols",), zero)  # no gradient depends on these
-    inverse = tile.number(inputs.inverse_tau) + zero
+    units, blocks = tile.slice_of(plan.n_units), kept(params)
+    numbers = {name: getattr(params, name) + zero for name in trained(params) if name in plan.wanted}
+    dt, inverse = tile.number(inputs.dt), tile.number(inputs.inverse_tau)
+    if "dt" in plan.wanted:
+        numbers["dt"] = dt + zero
+    if "tau_m" in numbers:
+        inverse = inverse + zero
+    # No gradient depends on the fields that are set to zero here.
+    constant = dict.fromkeys(FIELDS if plan.masked else ("tols", "rfr"), zero)
+    constant |= {name: tile.row(x) for name, x in inputs.state.items() if name not in blocks}
 
-    def params_of(per_unit):
-        return params.replace(**per_unit | {"tau_m": TimeConstant(per_unit["tau_m"], inverse)})
+    def step(numbers, fields, j, valid):
+        dt_of, own = numbers.get("dt", dt), {name: x for name, x in numbers.items() if name != "dt"}
+        tau_m = TimeConstant(own.get("tau_m", params.tau_m), inverse)
+        return step_of_fields(params.replace(**own | {"tau_m": tau_m}), constant | fields, j, dt_of, dt_of, valid)
 
-    def advance(per_unit, fields, j, dt, valid):
-        new, _ = step_of_fields(params_of(per_unit), unread | fields, j, dt, dt, valid)
-        return {name: getattr(new, name) for name in KEPT}
+    def advance(numbers, fields, j, valid):
+        new, _ = step(numbers, fields, j, valid)
+        return {name: getattr(new, name) for name in blocks}
 
-    def pull(per_unit, fields, j, dt, valid, bar):
-        def outputs(per_unit, differentiated, j, dt):
-            before = unread | fields | differentiated
-            new, shown = step_of_fields(params_of(per_unit), before, j, dt, dt, valid)
+    def pull(numbers, fields, j, valid, bar):
+        def outputs(numbers, differentiated, j):
+            new, shown = step(numbers, fields | differentiated, j, valid)
             return {name: getattr(new, name) for name in bar[0]}, {name: shown[name] for name in bar[1]}
 
-        differentiated = {name: (unread | fields)[name] for name in plan.differentiated}
-        return jax.vjp(outputs, per_unit, differentiated, j, dt)[1](bar)
+        differentiated = {name: (constant | fields)[name] for name in plan.differentiated(params)}
+        return jax.vjp(outputs, numbers, differentiated, j)[1](bar)
 
     advance, pull = inline_jaxpr(advance), inline_jaxpr(pull)
     count = None if cotangents.spike_count is None else tile.row(cotangents.spike_count)
@@ -237,13 +259,13 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
         """The first n steps of a block."""
         bar, total = carry
         start = b * BLOCK
-        fields = {name: tile.row(inputs.state[name], b) for name in KEPT}
+        fields = {name: tile.row(inputs.state[name], b) for name in blocks}
         bits = None if inputs.valid_bits is None else tile.bits(inputs.valid_bits, b)
         currents = [tile.row(inputs.currents, start + k) for k in range(n)]
         rows = [{name: tile.row(x, start + k) for name, x in cotangents.record.items()} for k in range(n)]
         states = [fields]
         for k, j in enumerate(currents[:-1]):
-            states.append(tile.part(advance(per_unit, states[-1], j, dt, valid_at(bits, k))))
+            states.append(tile.part(advance(numbers, states[-1], j, valid_at(bits, k))))
         for k in reversed(range(n)):
             of_fields = {"s": zero, "j": zero} | bar
             of_shown = {"s": zero} | ({"u": zero} if "u" in rows[k] else {})
@@ -253,17 +275,18 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
             if last is not None and k == n - 1:
                 extra.extend((of_fields, name, x) for name, x in last.items())
             for full, name, x in extra:
-                full[name] = full[name] + x.astype(zero.dtype)
+                full[name] = full.get(name, zero) + x.astype(zero.dtype)
             bar = tile.part((of_fields, of_shown))
-            d_per_unit, bar, d_j, d_dt = pull(per_unit, states[k], currents[k], dt, valid_at(bits, k), bar)
-            total = jax.tree.map(jnp.add, total, (d_per_unit, d_dt))
-            ref = outs["currents"]
-            ref[start + k, tile.units] = d_j.astype(ref.dtype)
+            d_numbers, bar, d_j = pull(numbers, states[k], currents[k], valid_at(bits, k), bar)
+            total = jax.tree.map(jnp.add, total, d_numbers)
+            if "currents" in outs:
+                ref = outs["currents"]
+                ref[start + k, units] = d_j.astype(ref.dtype)
         return bar, total
 
-    final = {name: tile.row(x) for name, x in cotangents.final.items()}
-    carry = ({name: final[name] for name in plan.differentiated}, jax.tree.map(lambda _: zero, (per_unit, dt)))
-    last = {name: x for name, x in final.items() if name not in plan.differentiated}
+    last = {name: tile.row(x) for name, x in cotangents.final.items()}
+    bar = {name: last.pop(name, zero) for name in plan.differentiated(params)}
+    carry = (bar, dict.fromkeys(numbers, zero))
     carry = block(plan.n_blocks, plan.n_steps - plan.n_blocks * BLOCK, carry, last)
 
     def body(n, carry):
@@ -271,6 +294,6 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
 
     if plan.n_blocks:
         carry = lax.fori_loop(0, plan.n_blocks, body, carry)
-    bar, (d_per_unit, d_dt) = carry
-    for name, x in (bar | d_per_unit | {"dt": d_dt}).items():
-        outs["inputs"][name][tile.units] = x
+    bar, total = carry
+    for name, ref in outs["numbers"].items():
+        ref[units] = (bar | total)[name]

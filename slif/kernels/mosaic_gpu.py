@@ -40,7 +40,7 @@ def launch(body: Callable, plan: Plan, inputs: Any, out_type: Any, name: str) ->
         # The last tile overlaps the one before instead of being masked: both write the same values there.
         start = jnp.minimum(lax.axis_index("tile") * plan.width, plan.n_units - plan.width)
         tile = Tile(
-            units=pl.ds(start, plan.width),
+            slice_of=lambda n: pl.ds(start if n == plan.n_units else start % n, plan.width),
             load=lambda ref: plgpu.layout_cast(ref[...], layout),
             fill=lambda x, dtype=jnp.float32: plgpu.layout_cast(jnp.full((plan.width,), x, dtype), layout),
         )
