@@ -60,7 +60,9 @@ def reverse(plan: Plan, args: tuple[Inputs, Cotangents]) -> dict[str, Any]:
     first = dict.fromkeys(plan.carried, zeros) | start
     # One number per unit, as in the kernel: their cotangents are summed outside.
     numbers = {
-        name: broadcast_like(getattr(inputs.params, name), units) for name in trained(inputs.params) if name in plan.wanted
+        name: broadcast_like(getattr(inputs.params, name), units)
+        for name in trained(inputs.params)
+        if name in plan.wanted
     }
 
     def outputs(numbers, differentiated, currents, dt):

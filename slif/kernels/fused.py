@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -121,7 +120,7 @@ def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: An
     width = mosaic_gpu.width(padded, len(plan.record), kernel is REVERSE)
 
     def flat(x: Array) -> Array:
-        """[..., M]; a number shared by all units stays [..., 1], and one for each unit of a row [..., N] if tiles fit."""
+        """[..., M]; what all units share stays [..., 1], and what all rows share [..., N] if whole tiles fit a row."""
         steps = x.shape[: x.ndim - rank]
         if n > 1 and x.size == math.prod(steps):
             return x.reshape(*steps, 1)
@@ -162,8 +161,7 @@ REVERSE = Kernel("slif_reverse", loop.reverse, _reverse_type, fallback.reverse)
 
 def _forward(plan: loop.Plan, by_name: bool, inputs: loop.Inputs) -> dict[str, Any]:
     outs = _launch(FORWARD, plan, by_name, (inputs,))
-    # What follows from the last step is computed here, where it costs nothing if it is not used: at T = 4 the kernel
-    # takes REPLACE of the time.
+    # What follows from the last step is computed here, where it costs nothing if it is not used.
     follows: dict[str, Any] = {}
     if not plan.masked:
         last = inputs.currents[-1].astype(jnp.float32)
@@ -188,7 +186,8 @@ def _keep(plan: loop.Plan, by_name: bool, given: loop.Inputs) -> tuple[dict[str,
     def is_leaf(x: Any) -> bool:
         return hasattr(x, "perturbed")
 
-    inputs, perturbed = (jax.tree.map(operator.attrgetter(name), given, is_leaf=is_leaf) for name in ("value", "perturbed"))
+    inputs = jax.tree.map(lambda x: x.value, given, is_leaf=is_leaf)
+    perturbed = jax.tree.map(lambda x: x.perturbed, given, is_leaf=is_leaf)
     outs = _forward(dataclasses.replace(plan, keep=True), by_name, inputs)
     candidates = {"currents": perturbed.currents, "dt": perturbed.dt} | {
         name: getattr(perturbed.params, name) for name in loop.trained(inputs.params)

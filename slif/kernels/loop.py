@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
     """Inputs of both loops; a number shared by all units has a last axis of 1."""
 
     params: SLIFParams  # [M]
-    state: dict[str, Array]  # Plan.carried, [M]; for the reverse loop `kept`, [ceil(T / K), M], and thr if it is constant
+    state: dict[str, Array]  # Plan.carried, [M]; for the reverse loop kept, [ceil(T / K), M], and a constant thr, [M]
     currents: Array  # [T, M]
     valid_bits: Array | None  # [ceil(T / K), M] bit k: whether the row is valid at step k of the block
     dt: Array  # [M]
