@@ -41,14 +41,19 @@ def gradients(params: slif.SLIFParams, x: Any, *args: Any, **options: Any) -> An
     return jax.grad(loss, argnums=(0, 1))(params, x)
 
 
+def input_gradient(params: slif.SLIFParams, x: Any) -> Any:
+    return jax.grad(lambda x: (run(params, x)[1]["s"] ** 2).sum())(x)
+
+
 def programs() -> Iterator[Program]:
     """Programs that are compiled and executed: every surrogate, record, mask, tile width and dtype."""
     for width, n in WIDTHS.items():
         for name, function, args in _programs(n):
             yield f"{width}, {name}", function, args, 1
-    for rows, n in ((7, 37), (3, 1)):  # rows that start at no multiple of anything; less than one tile
+    # Rows that start at no multiple of anything; less than one tile; rows of whole tiles.
+    for width, rows, n in (("narrow", 7, 37), ("narrow", 3, 1), ("narrow", 3, 128), ("wide", 3, 512)):
         x = jax.ShapeDtypeStruct((T, rows, n), jnp.float32)
-        yield f"narrow, training, {rows} x {n} units", gradients, (make_params(n, slif.arctan(), True), x), 1
+        yield f"{width}, training, {rows} x {n} units", gradients, (make_params(n, slif.arctan(), True), x), 1
 
 
 def _programs(n: int) -> Iterator[tuple[str, Callable, tuple[Any, ...]]]:
@@ -68,6 +73,9 @@ def _programs(n: int) -> Iterator[tuple[str, Callable, tuple[Any, ...]]]:
             surrogate = make(detach_reset=detach)
             yield f"training, {make.__name__}{' detached' * detach}", gradients, (make_params(n, surrogate, True), x)
     params = make_params(n, slif.arctan(), True)
+    for everything in (False, True):
+        name = "training, of the input alone" + ", every mechanism" * everything
+        yield name, input_gradient, (make_params(n, slif.arctan(), everything), x)
     yield "training, plain", gradients, (make_params(n, slif.arctan(), False), x)
     yield "training, soft reset", gradients, (make_params(n, slif.arctan(), True, reset="subtract"), x)
     yield "training, valid", gradients, (params, x, valid)

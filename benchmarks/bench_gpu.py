@@ -372,7 +372,10 @@ def run(chosen: list[Program], names: list[str], repeats: int, memory: int, band
         if program.size > 0.8 * memory:
             print(f"{title(program)}  skipped: too large for this GPU")
             continue
-        r = row(program, bandwidth, repeats)
+        r = attempt(lambda program=program: row(program, bandwidth, repeats))
+        if isinstance(r, str):
+            print(f"{title(program)}  {r}")
+            continue
         print_row(r)
         float32 = program.dtypes == DTYPES[0] and program.kind != "secant"
         compared = others(program, names, repeats) if program.table != "kernels" or float32 else {}

@@ -159,6 +159,56 @@ def test_values_and_gradients_of_blocks():
     assert_values_and_gradients_are_those_of_the_scan(params, currents, record=record, valid=masks(currents))
 
 
+def test_rows_of_whole_tiles():
+    """Their tiles read what all rows share from one row."""
+    units = {"tau_m": np.linspace(5, 30, 256), "refract_time": np.linspace(0, 2, 256)}
+    params = make_params("plain", 256, surrogate=slif.arctan(), thr_jitter=0.05, **units)
+    assert_values_and_gradients_are_those_of_the_scan(params, make_currents((2, 3, 256)))
+
+
+@pytest.mark.parametrize(("name", "n_steps"), [("currents", 9), ("thr", 2), ("dt", 2)])
+def test_the_gradient_of_one_thing_alone(name, n_steps):
+    """The backward loop computes no other, and starts a block from v alone if nothing else changes."""
+    params, currents = make_params("plain", surrogate=slif.arctan()), jnp.asarray(make_currents((n_steps, 11)))
+    given = {"currents": currents, "thr": params.thr, "dt": jnp.float32(DT)}
+
+    @jax.jit
+    def gradients(given):
+        def loss(x, implementation):
+            now = given | {name: x}
+            cell = params.replace(thr=now["thr"])
+            out = slif.simulate(cell, None, now["currents"], dt=now["dt"], implementation=implementation)[1]
+            return jnp.vdot(out["s"], weights(out["s"]))
+
+        return [jax.grad(loss)(given[name], which) for which in ("pallas", "xla")]
+
+    actual, expected = gradients(given)
+    assert jnp.any(expected)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_cell_at_rest(masked):
+    currents = make_currents((1, 3, 50))
+    params = make_params("plain", 50, surrogate=slif.arctan(), **EVERYTHING)
+    valid = masks(currents) if masked else None
+
+    def value_and_gradient(params, state_of):
+        def loss(params):
+            state = state_of(params)
+            final, out = slif.simulate(params, state, currents, dt=DT, valid=valid, implementation="pallas")
+            return (final.v**2).sum() + out["s"].sum(), (final, out)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    states = (lambda params: None, lambda params: slif.init_state(params, 3))
+    (actual_bar, actual), (expected_bar, expected) = jax.jit(
+        lambda params: [value_and_gradient(params, state_of) for state_of in states]
+    )(params)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7), actual_bar, expected_bar)
+
+
 def test_the_gradient_of_a_step_is_the_slope():
     """Independent of the scan: d s/d j = g(u - thr) resist_m dt / tau_m."""
     params, currents = (

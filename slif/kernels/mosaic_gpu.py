@@ -19,12 +19,15 @@ def width(n_units: int, n_records: int, backwards: bool) -> int:
     """Units per tile.
 
     Four units per lane make loads of 16 bytes, for which rows must start at a multiple of 16 bytes, and there must be
-    tiles for every multiprocessor. On an H100, one, two and four units per lane and blocks of 8 and 16 steps took the
-    same time to within 10 %, from 2^14 to 2^20 units. So tiles are half as wide where registers run out, of which a
-    thread has 255: backwards, where they hold the states of a block (272 bytes would spill), and with more than four
-    records (8 bytes, in masked training on a B200). `ahead_of_time/run` prints registers and spills.
+    tiles for every multiprocessor. On an H200, one, two and four units per lane took the same time to within 10 %, and
+    blocks of 4 steps more than of 8. So tiles are narrower where registers run out, of which a thread has 255:
+    backwards, where they hold the states of a block and what the next one reads, and with more than four records.
+    `ahead_of_time/run` prints registers and spills.
     """
-    lanes = 2 if backwards or n_records > 4 else 4
+    if backwards:
+        lanes = 2 if n_records == 1 else 1
+    else:
+        lanes = 2 if n_records > 4 else 4
     if n_units % lanes == 0 and n_units >= WIDE_FROM:
         return lanes * WARPGROUP
     return WARPGROUP
