@@ -41,8 +41,8 @@ def gradients(params: slif.SLIFParams, x: Any, *args: Any, **options: Any) -> An
     return jax.grad(loss, argnums=(0, 1))(params, x)
 
 
-def input_gradient(params: slif.SLIFParams, x: Any) -> Any:
-    return jax.grad(lambda x: (run(params, x)[1]["s"] ** 2).sum())(x)
+def input_gradient(params: slif.SLIFParams, x: Any, **options: Any) -> Any:
+    return jax.grad(lambda x: (run(params, x, **options)[1]["s"] ** 2).sum())(x)
 
 
 def programs() -> Iterator[Program]:

@@ -177,8 +177,9 @@ def test_the_gradient_of_one_thing_alone(name, n_steps):
         def loss(x, implementation):
             now = given | {name: x}
             cell = params.replace(thr=now["thr"])
-            out = slif.simulate(cell, None, now["currents"], dt=now["dt"], implementation=implementation)[1]
-            return jnp.vdot(out["s"], weights(out["s"]))
+            final, out = slif.simulate(cell, None, now["currents"], dt=now["dt"], implementation=implementation)
+            terms = [out["s"], *(getattr(final, field) for field in ("v", "thr", "s", "j"))]
+            return sum(jnp.vdot(term, weights(term)) for term in terms)
 
         return [jax.grad(loss)(given[name], which) for which in ("pallas", "xla")]
 

@@ -224,7 +224,10 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
     """Runs all T steps of a tile backwards; each block first runs forwards again, from the state that was kept."""
     params = jax.tree.map(tile.number, inputs.params)
     zero = tile.fill(0)  # added to a shared number, it makes one per unit: their cotangents are summed outside
-    units, blocks = tile.slice_of(plan.n_units), kept(params)
+    units, blocks, differentiated = tile.slice_of(plan.n_units), kept(params), plan.differentiated(params)
+    # A threshold that is constant, and whose gradient is not wanted, needs no cotangent.
+    given = {name: x for name, x in cotangents.record.items() if name in (*differentiated, "s", "j", "u")}
+    last = {name: tile.row(x) for name, x in cotangents.final.items() if name in (*differentiated, "s", "j")}
     numbers = {name: getattr(params, name) + zero for name in trained(params) if name in plan.wanted}
     dt, inverse = tile.number(inputs.dt), tile.number(inputs.inverse_tau)
     if "dt" in plan.wanted:
@@ -245,12 +248,11 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
         return {name: getattr(new, name) for name in blocks}
 
     def pull(numbers, fields, j, valid, bar):
-        def outputs(numbers, differentiated, j):
-            new, shown = step(numbers, fields | differentiated, j, valid)
+        def outputs(numbers, before, j):
+            new, shown = step(numbers, fields | before, j, valid)
             return {name: getattr(new, name) for name in bar[0]}, {name: shown[name] for name in bar[1]}
 
-        differentiated = {name: (constant | fields)[name] for name in plan.differentiated(params)}
-        return jax.vjp(outputs, numbers, differentiated, j)[1](bar)
+        return jax.vjp(outputs, numbers, {name: (constant | fields)[name] for name in differentiated}, j)[1](bar)
 
     advance, pull = inline_jaxpr(advance), inline_jaxpr(pull)
     count = None if cotangents.spike_count is None else tile.row(cotangents.spike_count)
@@ -262,7 +264,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
             {name: tile.row(inputs.state[name], b) for name in blocks},
             None if inputs.valid_bits is None else tile.bits(inputs.valid_bits, b),
             [tile.row(inputs.currents, start + k) for k in range(n)],
-            [{name: tile.row(x, start + k) for name, x in cotangents.record.items()} for k in range(n)],
+            [{name: tile.row(x, start + k) for name, x in given.items()} for k in range(n)],
         )
 
     def block(b, carry, loaded, last=None):
@@ -281,7 +283,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
             if last is not None and k == n - 1:
                 extra.extend((of_fields, name, x) for name, x in last.items())
             for full, name, x in extra:
-                full[name] = full.get(name, zero) + x.astype(zero.dtype)
+                full[name] = full[name] + x.astype(zero.dtype)
             bar = tile.part((of_fields, of_shown))
             d_numbers, bar, d_j = pull(numbers, states[k], currents[k], valid_at(bits, k), bar)
             total = jax.tree.map(jnp.add, total, d_numbers)
@@ -290,8 +292,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
                 ref[start + k, units] = d_j.astype(ref.dtype)
         return bar, total
 
-    last = {name: tile.row(x) for name, x in cotangents.final.items()}
-    bar = {name: last.pop(name, zero) for name in plan.differentiated(params)}
+    bar = {name: last.pop(name, zero) for name in differentiated}
     carry = (bar, dict.fromkeys(numbers, zero))
     carry = block(plan.n_blocks, carry, load(plan.n_blocks, plan.n_steps - plan.n_blocks * BLOCK), last)
 

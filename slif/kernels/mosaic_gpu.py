@@ -24,10 +24,9 @@ def width(n_units: int, n_records: int, backwards: bool) -> int:
     backwards, where they hold the states of a block and what the next one reads, and with more than four records.
     `ahead_of_time/run` prints registers and spills.
     """
+    lanes = 4 if n_records <= 4 else 2
     if backwards:
         lanes = 2 if n_records == 1 else 1
-    else:
-        lanes = 2 if n_records > 4 else 4
     if n_units % lanes == 0 and n_units >= WIDE_FROM:
         return lanes * WARPGROUP
     return WARPGROUP
