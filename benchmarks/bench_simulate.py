@@ -1,7 +1,6 @@
 """`simulate` on a CPU with every mechanism, compared with a plain scan and other packages.
 
     python benchmarks/bench_simulate.py [--json FILE] [--png FILE] [--repeats R] [--shapes T,B,N ...] [--peers NAME ...]
-    python benchmarks/bench_simulate.py --growth [--json FILE] [--png FILE] [--repeats R]
 
 Each row runs T steps of B x N units; an update is one step of one unit. slif and the plain scan are compiled twice: to
 return only the spikes, as is usual in training, where XLA drops from the loop what only the final state needs, and to
@@ -13,8 +12,6 @@ Other packages run their closest cell (see peers.py), which has no refractory pe
 compared with the first two mechanisms. JAX packages are compiled for both cases; PyTorch packages are the same in both,
 and run in separate processes. "of copy" is the bandwidth of a run's currents and spikes, relative to that of one
 elementwise pass over the currents.
-
-`--growth` times `simulate`, including the final state, against T, B and N, over three decades each.
 """
 
 import argparse
@@ -234,62 +231,6 @@ def colour(name: str) -> str:
     return OWN_COLOURS.get(name, "#7a5195" if name in peers.TORCH else "#d9730d")
 
 
-def growth(repeats: int, path: str | None) -> list[dict[str, Any]]:
-    """Seconds against T, B and N, a linear fit, and where its constant part is half of the time."""
-    decades = [10, 30, 100, 300, 1000, 3000, 10_000]
-    axes = {
-        "T": [(n, 1, 1000) for n in decades],
-        "B": [(100, n, 100) for n in decades],
-        "N": [(100, 1, n * 10) for n in decades],
-    }
-    rows = []
-    for letter, shapes in axes.items():
-        seconds, sizes = [], [shape["TBN".index(letter)] for shape in shapes]
-        for shape in shapes:
-            params = cases.make_params(shape[-1], **MECHANISMS["refractory"])
-            currents = jnp.asarray(cases.make_currents(shape))
-            inputs = (params, slif.init_state(params, shape[1]), currents, jnp.float32(cases.DT))
-            compiled, _ = cases.compile_seconds(functools.partial(slif_run, jnp.float32), *inputs)
-            run = functools.partial(compiled, *inputs)
-            seconds.append(cases.median_seconds({"run": run}, 3 * repeats, budget=2.0)["run"])
-        # Relative errors have equal weight in all decades; a negative constant part has no meaning.
-        slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))
-        fixed = max(fixed, 0.0)
-        steep = np.log(seconds[-1] / seconds[-3]) / np.log(sizes[-1] / sizes[-3])
-        print(f"\n{letter:>8}{'ms':>10}{'ns per update':>14}   (T, B, N)")
-        for shape, size, second in zip(shapes, sizes, seconds, strict=True):
-            each = 1e9 * second / np.prod(shape)
-            print(f"{size:>8}{1e3 * second:>10.3f}{each:>14.3f}   {shape}")
-            rows.append({"over": letter, "shape": shape, "size": size, "ms": 1e3 * second})
-        print(
-            f"Over the last decade time grows as {letter}^{steep:.2f}; {1e3 * fixed:.3f} ms are constant, "
-            f"which is half of the time at {letter} = {fixed / slope:.0f}."
-        )
-    if path:
-        draw_growth(rows, path)
-    return rows
-
-
-def draw_growth(rows: list[dict[str, Any]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained", sharey=True)
-    for panel, letter in zip(panels, "TBN", strict=True):
-        own = [row for row in rows if row["over"] == letter]
-        sizes, times = [row["size"] for row in own], [row["ms"] for row in own]
-        panel.loglog(sizes, times, "o-", color="#08519c", label="simulate")
-        panel.loglog(sizes, [times[-1] * n / sizes[-1] for n in sizes], "--", color="#969696", label="linear")
-        fixed = {"T": "B, N = 1, 1000", "B": "T, N = 100, 100", "N": "T, B = 100, 1"}[letter]
-        panel.set(xlabel=letter, title=fixed)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms")
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
 def shape_of(text: str) -> tuple[int, int, int]:
     t, b, n = map(int, text.split(","))
     return t, b, n
@@ -297,7 +238,6 @@ def shape_of(text: str) -> tuple[int, int, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growth", action="store_true", help="time it against T, B and N instead")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--png", metavar="FILE", help="plot them to this file")
     parser.add_argument("--repeats", type=int, default=9, help="number of repeats to take the median of")
@@ -306,24 +246,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="*", choices=everyone, default=everyone, help="other packages to compare with")
     options = parser.parse_args(arguments)
 
-    if options.growth:
-        rows = growth(options.repeats, options.png)
-    else:
-        installed = peers.installed(options.peers)
-        print(f"{'T, B, N':<17}{'mechanism':<12}{'returns':<16}{'':<15}{'ms':>9}{'G upd/s':>9}", end="")
-        print(f"{'bytes':>7}{'of copy':>9}{'x slif':>9}{'x bool':>8}{'compile s':>10}")
-        rows = []
-        for shape in options.shapes:
-            large = np.prod(shape) > 10**8  # 800 MB and more: only the two compared mechanisms, and no peers
-            for mechanism in COMPARED if large else MECHANISMS:
-                if mechanism == "inhibition" and shape[-1] > LARGEST_MATRIX:
-                    continue
-                names = [] if large else installed
-                for row in compare(shape, mechanism, options.repeats, names):
-                    print_row(row)
-                    rows.append(row)
-        if options.png:
-            draw(rows, options.png)
+    installed = peers.installed(options.peers)
+    print(f"{'T, B, N':<17}{'mechanism':<12}{'returns':<16}{'':<15}{'ms':>9}{'G upd/s':>9}", end="")
+    print(f"{'bytes':>7}{'of copy':>9}{'x slif':>9}{'x bool':>8}{'compile s':>10}")
+    rows = []
+    for shape in options.shapes:
+        large = np.prod(shape) > 10**8  # 800 MB and more: only the two compared mechanisms, and no peers
+        for mechanism in COMPARED if large else MECHANISMS:
+            if mechanism == "inhibition" and shape[-1] > LARGEST_MATRIX:
+                continue
+            names = [] if large else installed
+            for row in compare(shape, mechanism, options.repeats, names):
+                print_row(row)
+                rows.append(row)
+    if options.png:
+        draw(rows, options.png)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)
