@@ -67,7 +67,8 @@ def measure(functions: dict[str, tuple[Callable, tuple]], updates: int, repeats:
     for name, (function, arguments) in functions.items():
         compiled, _ = cases.compile_seconds(function, *arguments)
         runs[name] = functools.partial(compiled, *arguments)
-        temporary[name] = compiled.memory_analysis().temp_size_in_bytes / updates
+        analysis: Any = compiled.memory_analysis()
+        temporary[name] = analysis.temp_size_in_bytes / updates
     seconds = cases.median_seconds(runs, repeats, budget=3.0)
     return {name: {"ns": 1e9 * seconds[name] / updates, "bytes": temporary[name]} for name in functions}
 
