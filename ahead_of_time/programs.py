@@ -74,7 +74,7 @@ def _programs(n: int) -> Iterator[tuple[str, Callable, tuple[Any, ...]]]:
             yield f"training, {make.__name__}{' detached' * detach}", gradients, (make_params(n, surrogate, True), x)
     params = make_params(n, slif.arctan(), True)
     for everything in (False, True):
-        name = "training, of the input alone" + ", every mechanism" * everything
+        name = "training, input alone" + ", full" * everything
         yield name, input_gradient, (make_params(n, slif.arctan(), everything), x)
     yield "training, plain", gradients, (make_params(n, slif.arctan(), False), x)
     yield "training, soft reset", gradients, (make_params(n, slif.arctan(), True, reset="subtract"), x)
