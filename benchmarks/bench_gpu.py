@@ -294,6 +294,11 @@ def spikingjelly_process(backend: str) -> Apart | str:
     return reason
 
 
+def spikingjelly_seconds(backend: str, program: Program, repeats: int) -> float | str:
+    process = spikingjelly_process(backend)
+    return process if isinstance(process, str) else attempt(lambda: float(process.result(program, repeats)))
+
+
 def spikes_of(name: str, n_units: int) -> Callable:
     # jaxpike's default of 8 steps per iteration of its loop is for GPUs.
     run = peers.jaxpike_run(n_units, None) if name == "jaxpike" else peers.JAX[name](n_units)
@@ -303,11 +308,6 @@ def spikes_of(name: str, n_units: int) -> Callable:
 @functools.cache
 def check_jax_peer(name: str) -> None:
     check_peer(name, lambda x: jax.jit(spikes_of(name, x.shape[-1]))(jnp.asarray(x)))
-
-
-def spikingjelly_seconds(backend: str, program: Program, repeats: int) -> float | str:
-    process = spikingjelly_process(backend)
-    return process if isinstance(process, str) else attempt(lambda: float(process.result(program, repeats)))
 
 
 def jax_seconds(name: str, program: Program, repeats: int) -> float:

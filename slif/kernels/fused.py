@@ -116,7 +116,6 @@ def _flat(kernel: Kernel, plan: loop.Plan, launch: Callable, rank: int, args: An
     shape = units_shape(rank, args)
     n = math.prod(shape)
     padded = max(n, mosaic_gpu.WARPGROUP)
-
     width = mosaic_gpu.width(padded, len(plan.record), kernel is REVERSE)
 
     def flat(x: Array) -> Array:
@@ -199,22 +198,20 @@ def _keep(plan: loop.Plan, by_name: bool, given: loop.Inputs) -> tuple[dict[str,
 
 def _pull(plan: loop.Plan, by_name: bool, residuals: Residuals, cotangents: dict[str, Any]) -> tuple[loop.Inputs]:
     inputs, kept, wanted = residuals.inputs, residuals.kept, residuals.wanted
+    plan = dataclasses.replace(plan, wanted=wanted)
+    # A threshold that is constant, and whose gradient is not wanted, needs no cotangent.
+    names = {*plan.differentiated(inputs.params), "s", "j", "u", "spike_count"}
     of_record, of_final = (
         {
             name: bar
             for name, bar in cotangents[part].items()
             if name in names and not isinstance(bar, SymbolicZero) and jnp.issubdtype(bar.dtype, jnp.floating)
         }
-        for part, names in (("record", (*loop.DIFFERENTIATED, "u")), ("final", (*loop.DIFFERENTIATED, "spike_count")))
+        for part in ("record", "final")
     )
     given = loop.Cotangents(record=of_record, spike_count=of_final.pop("spike_count", None), final=of_final)
     constant = {} if adapts(inputs.params) else {"thr": inputs.state["thr"]}
-    outs = _launch(
-        REVERSE,
-        dataclasses.replace(plan, wanted=wanted),
-        by_name,
-        (inputs._replace(state=kept | constant), given),
-    )
+    outs = _launch(REVERSE, plan, by_name, (inputs._replace(state=kept | constant), given))
 
     def like(x: Array, name: str) -> Array:
         bar = outs["numbers"][name]

@@ -90,7 +90,7 @@ class TimeConstant(struct.PyTreeNode):
 
 
 class Inputs(NamedTuple):
-    """Inputs of both loops; a number shared by all units has a last axis of 1."""
+    """Inputs of both loops; what all units share has a last axis of 1, and what all rows share may have one of N."""
 
     params: SLIFParams  # [M]
     state: dict[str, Array]  # Plan.carried, [M]; for the reverse loop kept, [ceil(T / K), M], and a constant thr, [M]
@@ -213,7 +213,7 @@ def forward(plan: Plan, tile: Tile, inputs: Inputs, outs: dict[str, Any]) -> Non
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of the results of the forward loop; those left out, or None, are zero."""
+    """Cotangents of the results of the forward loop; those left out, or None, are zero or reach no gradient wanted."""
 
     record: dict[str, Array]  # [T, M]
     final: dict[str, Array]  # DIFFERENTIATED, [M]
@@ -225,9 +225,6 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
     params = jax.tree.map(tile.number, inputs.params)
     zero = tile.fill(0)  # added to a shared number, it makes one per unit: their cotangents are summed outside
     units, blocks, differentiated = tile.slice_of(plan.n_units), kept(params), plan.differentiated(params)
-    # A threshold that is constant, and whose gradient is not wanted, needs no cotangent.
-    given = {name: x for name, x in cotangents.record.items() if name in (*differentiated, "s", "j", "u")}
-    last = {name: tile.row(x) for name, x in cotangents.final.items() if name in (*differentiated, "s", "j")}
     numbers = {name: getattr(params, name) + zero for name in trained(params) if name in plan.wanted}
     dt, inverse = tile.number(inputs.dt), tile.number(inputs.inverse_tau)
     if "dt" in plan.wanted:
@@ -264,7 +261,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
             {name: tile.row(inputs.state[name], b) for name in blocks},
             None if inputs.valid_bits is None else tile.bits(inputs.valid_bits, b),
             [tile.row(inputs.currents, start + k) for k in range(n)],
-            [{name: tile.row(x, start + k) for name, x in given.items()} for k in range(n)],
+            [{name: tile.row(x, start + k) for name, x in cotangents.record.items()} for k in range(n)],
         )
 
     def block(b, carry, loaded, last=None):
@@ -292,6 +289,7 @@ def reverse(plan: Plan, tile: Tile, inputs: Inputs, cotangents: Cotangents, outs
                 ref[start + k, units] = d_j.astype(ref.dtype)
         return bar, total
 
+    last = {name: tile.row(x) for name, x in cotangents.final.items()}
     bar = {name: last.pop(name, zero) for name in differentiated}
     carry = (bar, dict.fromkeys(numbers, zero))
     carry = block(plan.n_blocks, carry, load(plan.n_blocks, plan.n_steps - plan.n_blocks * BLOCK), last)
