@@ -149,6 +149,16 @@ def scans(function, *arguments):
     return [e for e in jax.make_jaxpr(function)(*arguments).eqns if e.primitive.name == "scan"]
 
 
+def test_the_gradient_keeps_a_slope_and_a_bool_of_each_step():
+    params, state, currents = inputs("plain", surrogate=slif.arctan())
+    pull = functools.partial(jax.vjp, lambda x: slif.simulate(params, state, x, dt=DT)[1]["s"])
+    with jax.default_device(jax.devices("cpu")[0]):
+        (call,) = jax.make_jaxpr(pull)(currents).eqns
+    (scan,) = [e for e in call.params["jaxpr"].eqns if e.primitive.name == "scan"]
+    kept = [x.aval.dtype.name for x in scan.outvars if x.aval.shape == currents.shape]
+    assert sorted(kept) == ["bool", "float32", "float32"]  # the second are the spikes
+
+
 def test_turns_leave_no_step_over():
     """JAX would copy whole sequences for them."""
     for length in range(1, 20):
