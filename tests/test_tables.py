@@ -49,13 +49,23 @@ def test_fields_of_the_state():
 
 def test_defaults_of_surrogates():
     kinds = set()
-    for cell, defaults, _ in table("surrogate")[1:]:
+    for cell, slope, defaults, _ in table("surrogate")[1:]:
         for name in names(cell):
+            assert slope.replace("abs(x)", "|x|") in " ".join(getattr(slif, name).__doc__.split()), name
             parameters = inspect.signature(getattr(slif, name)).parameters.values()
             expected = [f"`{p.name}={p.default}`" for p in parameters if p.name != "detach_reset"]
             assert defaults == ", ".join(expected), name
             kinds.add(name)
-    assert kinds == {"secant", "fast_sigmoid", "sigmoid", "arctan", "triangular", "boxcar", "gaussian"}
+    assert kinds == {
+        "secant",
+        "fast_sigmoid",
+        "sigmoid",
+        "arctan",
+        "triangular",
+        "boxcar",
+        "gaussian",
+        "straight_through",
+    }
 
 
 CASES = {
