@@ -26,45 +26,35 @@ def run(
     """
     valid, times = request.valid, request.times(currents.shape[0])
     unread = ("rfr", "tols") if params.refract_time is None else ("tols",)
+    # Bool rasters take 0.6 to 0.8 of the time if thr shares an array with v, and 0.7 if rfr does; under differentiation
+    # it costs more than it saves.
+    partner = ("thr",) if adapts(params) else ("rfr",) if params.refract_time is not None else ()
+    charged = ("v", *(partner if constant else ()))
+    # Differentiation saves which thresholds are finite: at each step if they are carried, else once.
     fixed = {} if adapts(params) or params.surrogate.wrt == "current" else {"thr": state.thr}
-    # The field that shares an array with v. Bool rasters take 0.6 to 0.8 of the time if thr does, and 0.7 if rfr does;
-    # under differentiation it costs more than it saves.
-    partner = "thr" if adapts(params) else "rfr" if params.refract_time is not None else None
-    partner = partner if constant else None
 
-    def pack(pending):
-        # Differentiation saves which thresholds are finite: at each step if they are carried, else once.
-        packed = pending.replace(**dict.fromkeys((*unread, *fixed)))
-        if partner is None:
-            return packed
-        return packed.replace(**{"v": _pair(pending.v, getattr(pending, partner)), partner: None})
+    def pack(state):
+        return state.replace(**dict.fromkeys((*charged, *unread, *fixed))), _join(state, charged)
 
     def unpack(packed, after):
-        state = packed.replace(**fixed, **after)
-        return state if partner is None else state.replace(**dict(zip(("v", partner), _unpair(packed.v), strict=True)))
-
-    def pack_unread(state):
-        values = tuple(getattr(state, name) for name in unread)
-        return _pair(*values) if len(values) == 2 else values
-
-    def unpack_unread(packed):
-        return dict(zip(unread, _unpair(packed), strict=True))
+        rest, joined = packed
+        return rest.replace(**_split(joined, charged), **fixed, **after)
 
     def fire_where_valid(pending, t, valid):
         new = fire(params, pending, pending.v, pending.j, t.astype(pending.v.dtype), request.dt, valid)
         return freeze(valid, new, pending)
 
     def body(carry, x):
-        packed, packed_unread, summaries = carry
+        packed, joined_unread, summaries = carry
         j, t, valid, valid_before = x
-        after = unpack_unread(packed_unread)
+        after = _split(joined_unread, unread)
         old = fire_where_valid(unpack(packed, after), t, valid_before).replace(**after)
         i = drive(params, old.s, freeze(valid, j, jnp.zeros_like(j)).astype(old.v.dtype))
         packed = pack(freeze(valid, old.replace(v=charge(params, old, i, request.dt), j=i), old))
         pending = unpack(packed, after)
         u, new = pending.v, fire_where_valid(pending, t, valid)
         s = freeze(valid, new.s, jnp.zeros_like(new.s))
-        return (packed, pack_unread(new), request.summarise(summaries, s, t)), request.observe(new, u, s)
+        return (packed, _join(new, unread), request.summarise(summaries, s, t)), request.observe(new, u, s)
 
     if valid is None:
         valid_before = jnp.arange(currents.shape[0]) > 0  # no spike is pending before the first step
@@ -73,10 +63,10 @@ def run(
     summaries = request.start_summaries(
         lambda value, dtype: jnp.full_like(state.v, value, dtype), differentiable=not constant
     )
-    carry = (pack(state), pack_unread(state), summaries)
+    carry = (pack(state), _join(state, unread), summaries)
     xs = (currents, times, valid, valid_before)
-    (packed, packed_unread, summaries), out = scan(body, carry, xs, request.checkpoint_every)
-    after = unpack_unread(packed_unread)
+    (packed, joined_unread, summaries), out = scan(body, carry, xs, request.checkpoint_every)
+    after = _split(joined_unread, unread)
     pending = unpack(packed, after)
     if params.resist_inh is None and valid is None:
         # Then i follows from the last current, and need not be carried.
@@ -85,16 +75,18 @@ def run(
     return final, out | request.finish_summaries(summaries)
 
 
-def _pair(x: Array, y: Array) -> Any:
-    """Two fields without derivatives as one complex array, which takes one kernel per step instead of two.
+def _join(state: SLIFState, names: tuple[str, ...]) -> Any:
+    """These fields as a tuple; two, which must have no derivatives, as one complex array where their dtype has one.
 
-    In 16 bits, where there are no complex numbers, as they are.
+    An array takes one kernel per step.
     """
-    if x.dtype not in (jnp.float32, jnp.float64):
-        return x, y
+    values = tuple(getattr(state, name) for name in names)
+    if len(values) == 1 or state.v.dtype not in (jnp.float32, jnp.float64):
+        return values
     # The barrier keeps XLA from splitting them again, and would give them derivatives of 0.
-    return lax.stop_gradient(lax.optimization_barrier(lax.complex(x, y)))
+    return lax.stop_gradient(lax.optimization_barrier(lax.complex(*values)))
 
 
-def _unpair(pair: Any) -> tuple[Array, ...]:
-    return pair if isinstance(pair, tuple) else (lax.real(pair), lax.imag(pair))
+def _split(joined: Any, names: tuple[str, ...]) -> dict[str, Array]:
+    values = joined if isinstance(joined, tuple) else (lax.real(joined), lax.imag(joined))
+    return dict(zip(names, values, strict=True))
